@@ -1,0 +1,928 @@
+# ---
+# jupyter:
+#   jupytext: {text_representation: {extension: .py, format_name: percent}}
+#   kernelspec: {display_name: Python 3, language: python, name: python3}
+#   accelerator: GPU
+#   colab: {gpuType: T4}
+# ---
+
+# %% [markdown]
+"""
+# quant_lab: which quantization should I deploy?
+
+**What is measured.** A causal language model in float16 and three compressed-tensors
+checkpoints of it made by llmcompressor (FP8 dynamic, GPTQ W4A16, SmoothQuant + GPTQ
+W8A8): bytes on disk, seconds to quantize, perplexity, latency, tokens per second.
+
+**Why.** A recipe's name does not tell what it costs in quality or buys in bytes and
+time *on your model and your GPU*. Every variant, the baseline included, goes through
+the same functions, and each is benchmarked on a fresh load from disk.
+
+**What comes out.** One table on the terminal; `results.json`, `summary.md` and the
+checkpoints in the output folder.
+
+    python quant_lab.py                        the four variants, on a GPU
+    python quant_lab.py --demo                 the same code, any machine, two minutes
+    python quant_lab.py --variants 00_fp16_baseline 02_gptq_w4a16 --max-windows 20
+"""
+
+# %%
+import argparse
+import contextlib
+import gc
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import torch
+from torch.nn import functional as F
+
+# %% [markdown]
+"""
+## Recipes
+
+One entry per variant, and nothing else to add for a new one; `m` holds llmcompressor's
+modifiers, `o` the options. Only `Linear` layers are quantized: embedding and `lm_head`
+stay 16-bit.
+
+- **FP8_DYNAMIC** ([FP8 formats](https://arxiv.org/abs/2209.05433)). Weights: FP8 E4M3,
+  one scale per output channel, rounded to nearest. Activations: FP8, one scale per
+  token, at run time. No calibration. FP8 units from SM 8.9 (L4, RTX 40, H100).
+- **GPTQ W4A16** ([GPTQ](https://arxiv.org/abs/2210.17323)). Weights: 4-bit integers,
+  one scale per 128 inputs; the error of each rounding is made up for in the weights
+  not yet rounded, as the calibration inputs weigh it. Activations: float16.
+- **SmoothQuant + GPTQ W8A8** ([SmoothQuant](https://arxiv.org/abs/2211.10438)). Moves
+  activation outliers into the weights, then rounds these to 8-bit integers by GPTQ,
+  one scale per output channel. Activations: 8-bit integers, one scale per token.
+  INT8 units from SM 7.5 (T4). `actorder=None`, since the default writes a key into the
+  checkpoint that the compressed-tensors of vLLM 0.20 to 0.22 rejects for W8A8.
+"""
+
+
+# %%
+@dataclass(frozen=True)
+class Variant:
+    """A row of the lab: the scheme's name, its recipe, whether it needs calibration."""
+
+    scheme: str
+    recipe: Callable[[SimpleNamespace, "Options"], list]
+    calibrated: bool = False
+
+
+LINEAR = dict(targets="Linear", ignore=["lm_head"])
+VARIANTS = {
+    "00_fp16_baseline": Variant("FP16", lambda m, o: []),
+    "01_fp8_dynamic": Variant("FP8_DYNAMIC", lambda m, o: [
+        m.QuantizationModifier(scheme="FP8_DYNAMIC", **LINEAR)]),
+    "02_gptq_w4a16": Variant("W4A16", lambda m, o: [
+        m.GPTQModifier(scheme="W4A16", dampening_frac=o.dampening, **LINEAR)],
+        calibrated=True),
+    "03_smoothquant_w8a8": Variant("W8A8", lambda m, o: [
+        m.SmoothQuantModifier(smoothing_strength=o.smoothing_strength),
+        m.GPTQModifier(scheme="W8A8", dampening_frac=o.dampening, actorder=None,
+                       **LINEAR)],
+        calibrated=True),
+}
+BASELINE = "00_fp16_baseline"
+
+# %% [markdown]
+"""
+## Options
+
+Each stands here once, with a remark on when to change it; the command line is derived
+from this class. What is typed wins over what `--demo` presets, and that over the
+defaults. In a notebook, put the same words into the environment variable
+`QUANT_LAB_ARGS` first, for instance `%env QUANT_LAB_ARGS=--demo`.
+"""
+
+# %%
+ULTRACHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k", "Salesforce/wikitext"
+PYTHON_HELP = "pydoc_data.topics"
+PROMPT = "What is a dictionary in Python? Answer in two sentences."
+
+
+def option(default, remark: str, low=None, high=math.inf, choices=None):
+    """A field of Options: its default, remark, and inclusive range or choices."""
+    return field(default=default, metadata=dict(
+        remark=remark, low=low, high=high, choices=choices))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be changed, and when to."""
+
+    model: str = option("Qwen/Qwen2.5-0.5B-Instruct", "hub id or folder of a causal LM")
+    variants: tuple = option(tuple(VARIANTS), "fewer for a quick look")
+    output_dir: str = option("", "where to write, if not results/<model>-<device>")
+    calibration_data: str = option(
+        ULTRACHAT, 'a .jsonl of {"messages": [...]} closer to your traffic')
+    calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
+    calibration_length: int = option(1024, "tokens a sample; less to save memory", 8)
+    eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
+    window: int = option(2048, "tokens; 2048 compares with papers", 2)
+    max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
+    dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
+    smoothing_strength: float = option(0.8, "less leaves more to activations", 0, 1)
+    new_tokens: int = option(64, "length of the timed completion", 2)
+    repeats: int = option(5, "more if the range of the timings is wide", 1)
+    dtype: str = option("float16", "bfloat16 or float32 if float16 overflows",
+                        choices=("float16", "bfloat16", "float32"))
+    device: str = option("auto", "cpu runs anywhere", choices=("auto", "cuda", "cpu"))
+    seed: int = option(42, "to see what the choice of chats changes", 0, 2**32 - 1)
+    demo: bool = option(False, "a tiny model and Python's own help: no GPU, no network")
+    fresh: bool = option(False, "forget finished work in the output folder")
+
+
+DEMO = dict(model="tests/tiny-qwen2", calibration_data=PYTHON_HELP,
+            eval_text=PYTHON_HELP, calibration_samples=32, calibration_length=512,
+            window=512)
+
+
+# %%
+def stop(*lines: str):
+    """Say on stderr what is wrong with the input and the way out; exit with 2."""
+    print("quant_lab: " + "\n".join(lines), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_words() -> list[str]:
+    """The command line's words; where a notebook runs this, those of QUANT_LAB_ARGS."""
+    script = globals().get("__file__")
+    if script and Path(sys.argv[0]).resolve() == Path(script).resolve():
+        return sys.argv[1:]
+    return shlex.split(os.environ.get("QUANT_LAB_ARGS", ""))
+
+
+def parse_options(words: list[str]) -> Options:
+    """Options from command-line words; a bad name or value exits with 2."""
+    parser = argparse.ArgumentParser(
+        prog="quant_lab.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: stop(f"{message}; --help lists the options")
+    flags = {f: "--" + f.name.replace("_", "-") for f in fields(Options)}
+    for f, flag in flags.items():
+        kind = type(f.default)
+        how = dict(action="store_true") if kind is bool else dict(
+            type=str if kind is tuple else kind, nargs="+" if kind is tuple else None,
+            choices=f.metadata["choices"])
+        shown = " ".join(f.default) if kind is tuple else f.default
+        parser.add_argument(flag, default=argparse.SUPPRESS, **how,
+                            help=f"{f.metadata['remark']} [{shown}]")
+    given = vars(parser.parse_args(words))
+    options = replace(Options(), **{**(DEMO if "demo" in given else {}), **given})
+    asked = [label for word in options.variants for label in word.split(",")]
+    if unknown := [label for label in asked if label not in VARIANTS]:
+        stop(f"--variants {unknown[0]!r}: choose from {', '.join(VARIANTS)}")
+    for f, flag in flags.items():
+        low, high = f.metadata["low"], f.metadata["high"]
+        value = getattr(options, f.name)
+        if low is not None and not low <= value <= high:
+            stop(f"{flag} {value}: must be from {low} to {high}")
+    return replace(options, variants=tuple(v for v in VARIANTS if v in asked))
+
+
+# %%
+if __name__ == "__main__":
+    OPTIONS = parse_options(read_words())
+    print("options (* is not the default)")
+    for name, value in asdict(OPTIONS).items():
+        mark = " " if value == getattr(Options, name) else "*"
+        print(f"{mark} {name:20}", *(value if isinstance(value, tuple) else [value]))
+
+# %% [markdown]
+"""
+## Machine
+
+Figures mean nothing without the hardware and the versions beside them. Automatic
+choices are printed with their reason. A T4 (SM 7.5) has neither bfloat16 nor FP8 units:
+all stays float16 there, and llmcompressor's Triton kernels, written for later chips,
+give way to its plain PyTorch ones.
+"""
+
+
+# %%
+def choose_device(options: Options) -> tuple[torch.device, str]:
+    """The device and the reason for it; without a usable one, exit with 2."""
+    if options.device == "cpu":
+        return torch.device("cpu"), "asked for"
+    if not torch.cuda.is_available():
+        if options.demo and options.device == "auto":
+            return torch.device("cpu"), "no CUDA GPU, and the demo needs none"
+        stop("no CUDA GPU found, and neither --demo nor --device cpu was given.",
+             "In Colab: Runtime > Change runtime type > T4 GPU, then run again.",
+             "Without a GPU: python quant_lab.py --demo (the same code, a tiny model).")
+    if torch.cuda.get_device_capability() < (8, 0):
+        if options.dtype == "bfloat16":
+            stop("--dtype bfloat16: this GPU only emulates it; take float16 or float32")
+        os.environ.update(LLMCOMPRESSOR_DISABLE_GPTQ_TRITON="1", CT_ENFORCE_EAGER="1")
+    return torch.device("cuda", 0), "the first CUDA GPU"
+
+
+# %%
+def describe_machine(device: torch.device) -> dict:
+    """Device, name, compute capability, memory in bytes, driver (None on a CPU)."""
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        asked = "nvidia-smi --query-gpu=driver_version --format=csv,noheader"
+        driver = subprocess.getoutput(asked) if shutil.which("nvidia-smi") else ""
+        return dict(device="cuda", name=gpu.name, memory_bytes=gpu.total_memory,
+                    compute_capability=f"{gpu.major}.{gpu.minor}",
+                    driver=driver.partition("\n")[0] or None)
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = [*re.findall(r"model name\s*: (.+)", info), platform.machine()][0]
+    return dict(device="cpu", name=f"{name}, {os.cpu_count()} cores", driver=None,
+                compute_capability=None, memory_bytes=psutil.virtual_memory().total)
+
+
+def list_versions() -> dict[str, str | None]:
+    """Versions of Python, CUDA and the packages that make the figures."""
+    packages = ("torch", "transformers", "llmcompressor", "compressed-tensors",
+                "accelerate", "datasets", "tokenizers", "safetensors")
+    return {"python": platform.python_version(), "cuda": torch.version.cuda,
+            **{p.replace("-", "_"): importlib.metadata.version(p) for p in packages}}
+
+
+def prepare_output(options: Options, machine: dict) -> Path:
+    """Make the output folder; one that cannot be written exits with 2."""
+    device = "cpu" if machine["device"] == "cpu" else machine["name"]
+    slug = re.sub(r"[^A-Za-z0-9._]+", "-", f"{Path(options.model).name}-{device}")
+    output = Path(options.output_dir or f"results/{slug}").expanduser()
+    try:
+        (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (output / "log.txt").write_text("", encoding="utf-8")
+    except OSError as error:
+        stop(f"--output-dir {output}: {error.strerror}; name a folder to write to")
+    return output
+
+
+# %%
+if __name__ == "__main__":
+    DEVICE, reason = choose_device(OPTIONS)
+    MACHINE, VERSIONS = describe_machine(DEVICE), list_versions()
+    OUTPUT = prepare_output(OPTIONS, MACHINE)
+    print(f"\ndevice       {DEVICE}, {reason}: {MACHINE['name']}, "
+          f"{MACHINE['memory_bytes'] / 2**30:.1f} GiB")
+    print(f"dtype        {OPTIONS.dtype}:",
+          "native on every CUDA GPU, T4 included" if OPTIONS.dtype == "float16"
+          else "asked for")
+    print("attention    sdpa: the eager form overflows float16 in Qwen2")
+    print(f"output       {OUTPUT}")
+
+# %% [markdown]
+"""
+## Model and text
+
+From the hub comes only what is needed: the model's safetensors and tokenizer, the test
+split of WikiText, and the beginning of UltraChat as a stream, four times as many
+conversations as asked for to draw from (the whole is over a gigabyte). The caches of
+the hub and of `datasets` keep it: a second run needs no network.
+
+Recipes look at *calibration* text, chats in the model's own template, shuffled with the
+seed and cut to a length. Quality is scored on *evaluation* text. The demo takes both
+from the topics of Python's own help: an eighth of them is held out and scored, the rest
+calibrates, and trained the tiny model (`tests/make_checkpoint.py`).
+"""
+
+
+# %%
+def describe(error: BaseException) -> str:
+    """The root cause of an exception, on one line of at most 200 characters."""
+    while error.__cause__:
+        error = error.__cause__
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
+
+
+@contextlib.contextmanager
+def usable(flag: str, value: str, advice: str):
+    """Turn any exception of the block into exit code 2 and a line that names both."""
+    try:
+        yield
+    except Exception as error:
+        stop(f"{flag} {value}: {describe(error)}; {advice}")
+
+
+def open_model(name: str) -> tuple[Path, object, int]:
+    """A model's folder (fetched unless `name` is one), tokenizer and context length.
+
+    Exits with 2 unless it is an unquantized causal LM in safetensors, for chat.
+    """
+    from huggingface_hub import snapshot_download
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    places = Path(name).expanduser(), Path(globals().get("__file__", "")).parent / name
+    folder = next(filter(Path.is_dir, places), None)
+    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+    with usable("--model", name, "give a folder or a hub id, check network and access"):
+        folder = folder or Path(snapshot_download(
+            name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"]))
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+        if not list(folder.glob("*.safetensors")):
+            raise FileNotFoundError("no *.safetensors in it")
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                tensors.keys()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if not tokenizer("word").input_ids:
+            raise FileNotFoundError("its tokenizer is empty, are files missing?")
+    if getattr(config, "quantization_config", None):
+        stop(f"--model {name}: is quantized already; give the model it was made from")
+    if not tokenizer.chat_template:
+        stop(f"--model {name}: its tokenizer has no chat template; give an instruct "
+             "model or add a chat_template.jinja")
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return folder, tokenizer, context or 2**31
+
+
+# %%
+def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -> list:
+    """A column of a hub data set in Parquet: the first `rows` of a split, or all.
+
+    Reads row groups of one column as they are needed. Not `load_dataset(streaming=True)`:
+    it reads far ahead, and aborts the interpreter if it exits early (datasets#7566).
+    """
+    from datasets import Dataset, disable_progress_bars, load_dataset_builder
+    from huggingface_hub import HfFileSystem
+    from pyarrow.parquet import ParquetFile
+
+    def read():
+        for file in load_dataset_builder(dataset, config).config.data_files[split]:
+            with HfFileSystem().open(file, cache_type="none") as stream:
+                for batch in ParquetFile(stream).iter_batches(256, columns=[column]):
+                    yield from batch.to_pylist()
+
+    disable_progress_bars()
+    name = f"quant_lab-{dataset}-{config}-{split}-{column}-{rows}".replace("/", "-")
+    kept = Dataset.from_generator(lambda: islice(read(), rows), fingerprint=name)
+    return list(kept[column])
+
+
+def read_chats(file: Path) -> list[list[dict]]:
+    """Conversations of a .jsonl; ValueError names the first line that is not one."""
+    chats = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            turns = json.loads(line)["messages"]
+            sound = turns and all(
+                turn["role"] in ("system", "user", "assistant", "tool")
+                and isinstance(turn["content"], str) for turn in turns)
+        except (ValueError, TypeError, KeyError):
+            sound = False
+        if not sound:
+            raise ValueError(f'line {number} is not {{"messages": [{{"role": "user", '
+                             '"content": "..."}, ...]}')
+        chats.append(turns)
+    return chats
+
+
+# %%
+def python_help() -> tuple[list[list[dict]], str]:
+    """Calibration chats and held-out evaluation text of the topics of Python's help.
+
+    Topics quote each other: a paragraph that shares a line (of 40 characters or more)
+    with the held-out text is in no chat.
+    """
+    from pydoc_data.topics import topics
+
+    held = [name for name in sorted(topics) if zlib.crc32(name.encode()) % 8 == 6]
+    text = "\n\n".join(topics[name].strip() for name in held)
+    lines = {line.strip() for line in text.split("\n") if len(line.strip()) >= 40}
+    chats = []
+    for name in sorted(set(topics) - set(held)):
+        kept = [paragraph for paragraph in topics[name].strip().split("\n\n")
+                if lines.isdisjoint(line.strip() for line in paragraph.split("\n"))]
+        body = "\n\n".join(kept)
+        for part, begin in enumerate(range(0, len(body), 1200), 1):
+            chats.append([
+                dict(role="user", content=f"Explain {name} in Python, part {part}."),
+                dict(role="assistant", content=body[begin : begin + 1200])])
+    return chats, text
+
+
+# %%
+def load_calibration(options: Options, tokenizer, context: int) -> list[list[int]]:
+    """Token ids of the calibration chats; data that cannot be used exits with 2."""
+    source, wanted = options.calibration_data, options.calibration_samples
+    length = min(options.calibration_length, context)
+    advice = "give a .jsonl of chats, or check the network"
+    with usable("--calibration-data", source, advice):
+        if source == PYTHON_HELP:
+            chats = python_help()[0]
+        elif source == ULTRACHAT:
+            chats = stream_rows(ULTRACHAT, "default", "train_sft", "messages",
+                                4 * wanted)
+        else:
+            chats = read_chats(Path(source).expanduser())
+        if not chats:
+            raise ValueError("holds no conversation")
+        random.Random(options.seed).shuffle(chats)
+        samples = tokenizer(
+            [tokenizer.apply_chat_template(c, tokenize=False) for c in chats[:wanted]],
+            add_special_tokens=False, truncation=True, max_length=length).input_ids
+    print(f"calibration  {len(samples)} chats of {source}, "
+          f"{sum(map(len, samples)):,} tokens, at most {length} each"
+          + (f" (all there are; {wanted} asked for)" if len(samples) < wanted else ""))
+    return samples
+
+
+def load_evaluation(options: Options, tokenizer, context: int) -> torch.Tensor:
+    """Token ids [n] of the evaluation text; one that cannot be used exits with 2."""
+    source, window = options.eval_text, options.window
+    with usable("--eval-text", source, "give a UTF-8 text file, or check the network"):
+        if source == PYTHON_HELP:
+            text = python_help()[1]
+        elif source == WIKITEXT:
+            rows = stream_rows(WIKITEXT, "wikitext-2-raw-v1", "test", "text")
+            text = "\n\n".join(rows)
+        else:
+            text = Path(source).expanduser().read_text(encoding="utf-8")
+        ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
+    if window > context:
+        stop(f"--window {window}: the model's context is {context} tokens; take that")
+    if len(ids) < window:
+        stop(f"--eval-text {source}: {len(ids)} tokens are less than one --window, "
+             f"{window}; give more text or a smaller window")
+    windows = min(len(ids) // window, options.max_windows or len(ids))
+    print(f"evaluation   {source}: {len(ids):,} tokens, {windows} windows of {window}")
+    return ids
+
+
+# %%
+@dataclass(frozen=True)
+class Lab:
+    """What all variants share."""
+
+    options: Options
+    device: torch.device
+    machine: dict
+    versions: dict
+    output: Path
+    model: Path
+    tokenizer: object
+    eval_ids: torch.Tensor
+    samples: list[list[int]]
+
+
+if __name__ == "__main__":
+    MODEL, TOKENIZER, CONTEXT = open_model(OPTIONS.model)
+    EVAL_IDS = load_evaluation(OPTIONS, TOKENIZER, CONTEXT)
+    calibrated = any(VARIANTS[label].calibrated for label in OPTIONS.variants)
+    SAMPLES = load_calibration(OPTIONS, TOKENIZER, CONTEXT) if calibrated else []
+    LAB = Lab(OPTIONS, DEVICE, MACHINE, VERSIONS, OUTPUT, MODEL, TOKENIZER, EVAL_IDS,
+              SAMPLES)
+
+# %% [markdown]
+"""
+## Quantize
+
+llmcompressor's six beats: model in float16, calibration data, recipe, `oneshot`, save
+compressed, tokenizer beside it. The baseline goes the same way with an empty recipe, so
+one writer writes all the bytes that are compared. A checkpoint is written beside its
+place and renamed when complete; it carries a fingerprint of all that shaped it and is
+used again only under the same one.
+
+GPTQ inverts one matrix per layer. Where that fails, llmcompressor rounds the layer to
+nearest instead and says so in one line of its log: that line is counted here.
+"""
+
+
+# %%
+def fingerprint(*parts) -> str:
+    """16 hexadecimal digits that change when any of the JSON-like parts does."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder, subfolders aside."""
+    hashes = {}
+    for file in filter(Path.is_file, folder.iterdir()):
+        with file.open("rb") as stream:
+            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write strict JSON in one step: a reader sees the old file or the new one."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    file.with_suffix(".partial").write_text(text + "\n", encoding="utf-8")
+    file.with_suffix(".partial").replace(file)
+
+
+def read_json(file: Path) -> dict:
+    """Content of a JSON file; {} where there is none or it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+@contextlib.contextmanager
+def chatter_to(log: Path):
+    """Send what the libraries print, progress bars included, to the log."""
+    with (log.open("a", encoding="utf-8") as stream,
+          contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream)):
+        yield
+
+
+def load_model(folder: Path, options: Options):
+    """A causal LM in eval mode on the CPU; ValueError if weights are missing."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, options.dtype), attn_implementation="sdpa",
+        output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder.name} lacks {len(missing)} weights, as {missing[0]}")
+    return model.eval()
+
+
+# %%
+def build_recipe(label: str, options: Options) -> list:
+    """New llmcompressor modifiers of a variant; none for the baseline."""
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    return VARIANTS[label].recipe(SimpleNamespace(
+        GPTQModifier=GPTQModifier, QuantizationModifier=QuantizationModifier,
+        SmoothQuantModifier=SmoothQuantModifier), options)
+
+
+def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int:
+    """Run `oneshot` on the model in place; returns how many modules fell back.
+
+    Source: https://docs.vllm.ai/projects/llm-compressor
+    """
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.core import reset_session
+    from llmcompressor.pipelines.data_free import pipeline as data_free
+    from llmcompressor.pipelines.sequential import pipeline as sequential
+    from loguru import logger
+
+    # Left alone, both take the first accelerator, whatever --device says.
+    data_free.get_main_device = sequential.get_main_device = lambda: lab.device
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    warnings: list[str] = []
+    logger.remove()
+    logger.add(lab.output / "log.txt", level="INFO")
+    logger.add(warnings.append, level="WARNING", format="{message}")
+    chats = dict(
+        dataset=Dataset.from_dict(dict(
+            input_ids=samples, attention_mask=[[1] * len(ids) for ids in samples])),
+        num_calibration_samples=len(samples), shuffle_calibration_samples=False,
+        max_seq_length=max(map(len, samples))) if samples else {}
+    try:
+        oneshot(model=model, recipe=recipe, processor=lab.tokenizer, **chats)
+    finally:
+        reset_session()
+        logger.remove()
+    return sum(map(int, re.findall(r"inversion failed for (\d+)/", "".join(warnings))))
+
+
+# %%
+def quantize_variant(label: str, key: str, lab: Lab) -> dict:
+    """Write `checkpoints/<label>` unless one with this key is there; describe it.
+
+    weight_bytes counts the safetensors, quantize_seconds the recipe without loading
+    and saving, rtn_fallbacks the modules that GPTQ left to round-to-nearest.
+    """
+    folder = lab.output / "checkpoints" / label
+    note = folder / "quant_lab.json"
+    if read_json(note).get("fingerprint") != key:
+        torch.manual_seed(lab.options.seed)
+        model = load_model(lab.model, lab.options)
+        recipe = build_recipe(label, lab.options)
+        samples = lab.samples if VARIANTS[label].calibrated else []
+        start = time.perf_counter()
+        fallbacks = apply_recipe(model, recipe, samples, lab) if recipe else 0
+        seconds = time.perf_counter() - start if recipe else 0.0
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        lab.tokenizer.save_pretrained(partial)
+        write_json(partial / note.name, dict(
+            fingerprint=key, quantize_seconds=seconds, rtn_fallbacks=fallbacks))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    facts = {k: v for k, v in read_json(note).items() if k != "fingerprint"}
+    return dict(checkpoint=f"checkpoints/{label}", **facts, weight_bytes=sum(
+        file.stat().st_size for file in folder.glob("*.safetensors")))
+
+# %% [markdown]
+"""
+## Measure
+
+**Perplexity**, as in the GPTQ paper: the text is tokenized once and cut into windows of
+`--window` tokens that do not overlap; in each, every token but the first is scored, and
+perplexity is e to the mean negative log-likelihood. What is left after the last whole
+window is not scored. It compares only with figures of the same text, window and
+tokenizer.
+
+**Speed**, for one sequence: greedy completion of a chat prompt, forced to exactly
+`--new-tokens` tokens, the model's sampling defaults put aside; eager, dynamic cache.
+One warm-up, then `--repeats` runs, the device synchronized before each reading of the
+clock. Latency is the whole completion; tokens/s counts what follows the first token.
+Plain transformers unpacks a compressed checkpoint on its first forward and simulates
+the rounding of activations: quality is that of the format, speed is not. `runs_as`
+says so.
+"""
+
+
+# %%
+@torch.no_grad()
+def measure_perplexity(model, ids: torch.Tensor, window: int, max_windows: int) -> dict:
+    """Perplexity of token ids [n], and how many tokens were scored.
+
+    Source: https://arxiv.org/abs/2210.17323. Raises FloatingPointError if not finite.
+    """
+    total, scored = 0.0, 0
+    for row in ids.split(window)[: max_windows or len(ids) // window]:
+        if len(row) < window:
+            break
+        row = row.to(model.device)
+        logits = model(row[None], use_cache=False).logits[0, :-1]
+        # In slices, since 2,048 x 151,936 logits take 1.2 GB in float32.
+        for part, target in zip(logits.split(256), row[1:].split(256)):
+            total += F.cross_entropy(part.float(), target, reduction="sum").item()
+        scored += window - 1
+        if not math.isfinite(total):
+            raise FloatingPointError("logits are not finite, in float16 mostly by "
+                                     "overflow: try --dtype bfloat16 or float32")
+    return dict(perplexity=math.exp(total / scored), tokens_scored=scored)
+
+
+@torch.no_grad()
+def measure_speed(model, prompt: dict, new_tokens: int, repeats: int) -> dict:
+    """Seconds per completion of exactly `new_tokens`, tokens/s after the first one."""
+    from transformers import StoppingCriteriaList
+
+    def now() -> float:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def mark_first(ids, scores, **unused) -> torch.Tensor:
+        marks.append(now() if len(marks) == 1 else 0.0)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    def summarize(samples: list[float]) -> dict:
+        return dict(median=statistics.median(samples), min=min(samples),
+                    max=max(samples), samples=samples)
+
+    latencies, rates = [], []
+    for repeat in range(1 + repeats):
+        marks = [now()]
+        tokens = model.generate(
+            **prompt, do_sample=False, min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            stopping_criteria=StoppingCriteriaList([mark_first]))
+        start, first, end = *marks[:2], now()
+        if (made := tokens.shape[1] - prompt["input_ids"].shape[1]) != new_tokens:
+            raise RuntimeError(f"{made} tokens were generated instead of {new_tokens}")
+        if repeat:
+            latencies.append(end - start)
+            rates.append((new_tokens - 1) / (end - first))
+    return dict(latency_s=summarize(latencies), decode_tok_s=summarize(rates))
+
+
+# %%
+def benchmark_variant(label: str, lab: Lab) -> dict:
+    """Perplexity, speed and a greedy completion of a checkpoint, loaded from disk."""
+    from transformers import GenerationConfig
+
+    options, tokenizer = lab.options, lab.tokenizer
+    model = load_model(lab.output / "checkpoints" / label, options).to(lab.device)
+    quality = measure_perplexity(
+        model, lab.eval_ids, options.window, options.max_windows)
+    # A new object: whatever generate is not told comes from the model's own defaults.
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
+    prompt = tokenizer.apply_chat_template(
+        [dict(role="user", content=PROMPT)], add_generation_prompt=True,
+        return_tensors="pt", return_dict=True).to(lab.device)
+    speed = measure_speed(model, prompt, options.new_tokens, options.repeats)
+    tokens = model.generate(
+        **prompt, do_sample=False, max_new_tokens=options.new_tokens)
+    completion = tokens[0, prompt["input_ids"].shape[1]:]
+    short = dict(float16="fp16", bfloat16="bf16", float32="fp32")[options.dtype]
+    return dict(
+        **quality, **speed,
+        runs_as=short if label == BASELINE else f"dequantized to {short}",
+        sample=dict(prompt=PROMPT, completion=tokenizer.decode(
+            completion, skip_special_tokens=True)))
+
+# %% [markdown]
+"""
+## Run
+
+Variant by variant: quantize, then benchmark. One that fails leaves a row with its
+reason, and the others go on. `results.json` is written after each, so that a run that
+was cut off goes on where it was. A finished row is taken over only if nothing that
+shaped it has changed: options, model files, texts, versions, machine.
+"""
+
+
+# %%
+ROW = dict.fromkeys((
+    "label", "status", "error", "scheme", "checkpoint", "weight_bytes", "size_ratio",
+    "quantize_seconds", "rtn_fallbacks", "perplexity", "tokens_scored", "latency_s",
+    "decode_tok_s", "runs_as", "sample", "fingerprint"))
+
+
+def make_keys(lab: Lab) -> dict[str, tuple[str, str]]:
+    """Per label the fingerprint of what shapes its checkpoint, and of its row."""
+    o, keys = lab.options, {}
+    common = hash_folder(lab.model), lab.versions, lab.machine, o.dtype, o.seed
+    measured = (lab.eval_ids.tolist(), o.window, o.max_windows, o.new_tokens, o.repeats,
+                PROMPT)
+    for label, variant in VARIANTS.items():
+        made = fingerprint(common, label, repr(build_recipe(label, o)),
+                           lab.samples if variant.calibrated else [])
+        keys[label] = made, fingerprint(made, measured)
+    return keys
+
+
+def run_variant(label: str, keys: tuple[str, str], lab: Lab) -> dict:
+    """The row of a variant; its status is "failed" if anything went wrong."""
+    row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
+                     fingerprint=keys[1])
+    log = lab.output / "log.txt"
+    try:
+        with chatter_to(log):
+            row |= quantize_variant(label, keys[0], lab)
+        print(f"      {row['weight_bytes'] / 1e6:,.1f} MB, made in "
+              f"{row['quantize_seconds']:.1f} s", flush=True)
+        with chatter_to(log):
+            row |= benchmark_variant(label, lab)
+        row["status"] = "ok"
+        print(f"      perplexity {row['perplexity']:.3f}, "
+              f"{row['decode_tok_s']['median']:.1f} tokens/s", flush=True)
+    except Exception as error:
+        row["error"] = describe(error)
+        print(f"      failed: {row['error']}", flush=True)
+        with log.open("a", encoding="utf-8") as stream:
+            traceback.print_exc(file=stream)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return row
+
+
+# %%
+def run_lab(lab: Lab, words: list[str]) -> dict:
+    """Run what is not finished; returns the content of results.json."""
+    rows, wanted = {}, lab.options.variants
+    if lab.options.fresh:
+        (lab.output / "results.json").unlink(missing_ok=True)
+        shutil.rmtree(lab.output / "checkpoints")
+        (lab.output / "checkpoints").mkdir()
+    with chatter_to(lab.output / "log.txt"):
+        keys = make_keys(lab)
+    for row in read_json(lab.output / "results.json").get("variants", []):
+        made, measured = keys.get(row["label"], ("", ""))
+        note = lab.output / "checkpoints" / row["label"] / "quant_lab.json"
+        if (row["status"] == "ok" and row["fingerprint"] == measured
+                and read_json(note).get("fingerprint") == made):
+            rows[row["label"]] = row
+    for number, label in enumerate(wanted, 1):
+        print(f"[{number}/{len(wanted)}] {label}"
+              + (": finished before" if label in rows else ""), flush=True)
+        if label not in rows:
+            rows[label] = run_variant(label, keys[label], lab)
+        base = rows.get(BASELINE, ROW)["weight_bytes"]
+        for row in rows.values():
+            size = row["weight_bytes"]
+            row["size_ratio"] = size / base if size and base else None
+        results = dict(
+            schema=1, created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            command=["python", "quant_lab.py", *words], config=asdict(lab.options),
+            machine=lab.machine, versions=lab.versions,
+            variants=[rows[label] for label in VARIANTS if label in rows])
+        write_json(lab.output / "results.json", results)
+    return results
+
+
+# %%
+if __name__ == "__main__":
+    print()
+    RESULTS = run_lab(LAB, read_words())
+
+# %% [markdown]
+"""
+## Report
+
+The table is one rendering of the rows of `results.json`, on the terminal and in
+`summary.md`. A dash means: not measured.
+"""
+
+
+# %%
+def render_table(rows: list[dict]) -> str:
+    """The rows as a Markdown table, aligned for the terminal too."""
+    def show(value: float | dict | None, digits: int) -> str:
+        if isinstance(value, dict):
+            low, high = show(value["min"], digits), show(value["max"], digits)
+            return f"{show(value['median'], digits)} ({low}–{high})"
+        return "–" if value is None else f"{value:,.{digits}f}"
+
+    table = [["variant", "MB", "x FP16", "quantize s", "perplexity", "latency s",
+              "tokens/s", "RTN"]]
+    for row in rows:
+        size = row["weight_bytes"]
+        table.append([
+            row["label"], show(size and size / 1e6, 1), show(row["size_ratio"], 3),
+            show(row["quantize_seconds"], 1), show(row["perplexity"], 3),
+            show(row["latency_s"], 3), show(row["decode_tok_s"], 1),
+            show(row["rtn_fallbacks"], 0) if row["status"] == "ok" else "failed"])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    table.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
+    return "\n".join(
+        f"| {first:{widths[0]}} | "
+        + " | ".join(cell.rjust(w) for cell, w in zip(others, widths[1:])) + " |"
+        for first, *others in table)
+
+
+def plain(text: str) -> str:
+    """One line without control characters, for the terminal and for Markdown."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def render_notes(results: dict) -> list[str]:
+    """What has to be known beside the table, a sentence or two each."""
+    rows, config = results["variants"], results["config"]
+    scored = max((row["tokens_scored"] or 0 for row in rows), default=0)
+    notes = [
+        f"Perplexity: {config['eval_text']}, {scored:,} tokens scored in windows of "
+        f"{config['window']:,}, the first of each unscored.",
+        f"Latency: greedy completion of {config['new_tokens']} tokens, batch 1; median "
+        f"(min–max) of {config['repeats']}. MB: 10^6 bytes of safetensors. RTN: "
+        "modules where GPTQ fell back to round-to-nearest."]
+    for way in dict.fromkeys(row["runs_as"] for row in rows if row["runs_as"]):
+        labels = ", ".join(row["label"] for row in rows if row["runs_as"] == way)
+        notes.append(f"Run as {way}: {labels}.")
+    if rows and rows[0]["size_ratio"] is None:
+        notes.append(f"No ratio to FP16 without {BASELINE}.")
+    return notes + [f"{row['label']} failed: {plain(row['error'])}"
+                    for row in rows if row["status"] == "failed"]
+
+
+# %%
+def render_summary(results: dict) -> str:
+    """summary.md: machine, table, notes, completions, versions and the command."""
+    machine, rows = results["machine"], results["variants"]
+    lines = [f"# quant_lab: {results['config']['model']}", "",
+             f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB. "
+             f"{results['created']}.", "", render_table(rows), "",
+             *(f"- {note}" for note in render_notes(results)), "",
+             f"## Greedy completions of: {PROMPT}", ""]
+    for row in rows:
+        text = plain(row["sample"]["completion"]) if row["sample"] else "failed"
+        text = text.replace("```", "'''")
+        lines += [f"{row['label']}:", "", "```text", text, "```", ""]
+    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
+    lines += ["## Command", "", "```text", shlex.join(results["command"]), "```", "",
+              versions, ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print("\n" + render_table(RESULTS["variants"]))
+    for note in render_notes(RESULTS):
+        print(textwrap.fill(note, 110, subsequent_indent="  "))
+    print(f"\nGreedy completions of: {PROMPT}")
+    for row in filter(lambda row: row["sample"], RESULTS["variants"]):
+        text = f"{row['label']}: {plain(row['sample']['completion'])}"
+        print(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
+    (OUTPUT / "summary.md").write_text(render_summary(RESULTS), encoding="utf-8")
+    print(f"\nwrote results.json, summary.md, log.txt and checkpoints/ in {OUTPUT}")
+    if any(row["status"] == "failed" for row in RESULTS["variants"]):
+        sys.exit(1)

@@ -1,0 +1,406 @@
+"""The lab end to end: the demo, resuming, failures, the default route from a hub."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, TINY, make_small
+from hub import serve
+from test_figures import expected_bytes, tensor_bytes
+
+import quant_lab
+
+LABELS = ["00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16", "03_smoothquant_w8a8"]
+
+
+def strict(file):
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+
+    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def run_process(*words, **environment):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True,
+        env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    device = [] if not torch.cuda.is_available() else ["--device", "cpu"]
+    done = run_process("--demo", "--output-dir", folder, *device)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done, folder, strict(folder / "results.json")
+
+
+def test_demo_gives_four_rows(demo):
+    done, folder, results = demo
+    assert results["schema"] == 1 and len(results["variants"]) == 4
+    assert {"created", "command", "config", "machine", "versions"} <= set(results)
+    assert {"device", "name", "compute_capability", "memory_bytes", "driver"} == set(
+        results["machine"])
+    assert {"python", "torch", "transformers", "llmcompressor", "compressed_tensors"} <= set(
+        results["versions"])
+    for label, row in zip(LABELS, results["variants"]):
+        assert (row["label"], row["status"], row["error"]) == (label, "ok", None)
+        assert row["rtn_fallbacks"] == 0 and row["tokens_scored"] % 511 == 0
+        assert row["checkpoint"] == f"checkpoints/{label}"
+        assert len(row["latency_s"]["samples"]) == 5 == len(row["decode_tok_s"]["samples"])
+        assert row["sample"]["prompt"] and row["sample"]["completion"]
+        assert row["runs_as"] == ("fp16" if label == LABELS[0] else "dequantized to fp16")
+    assert done.stderr == "" and "Traceback" not in done.stdout
+
+
+def test_quantization_shows_in_the_demo(demo):
+    base, fp8, w4, w8 = (row["perplexity"] for row in demo[2]["variants"])
+    assert abs(fp8 / base - 1) < 0.01 and abs(w8 / base - 1) < 0.03
+    assert 1.005 < w4 / base < 1.3
+
+
+def test_sizes_are_those_of_the_tensors(demo):
+    _, folder, results = demo
+    config = json.loads((TINY / "config.json").read_text())
+    for row in results["variants"]:
+        file = folder / row["checkpoint"] / "model.safetensors"
+        counted, sizes = tensor_bytes(file)
+        assert row["weight_bytes"] == counted == file.stat().st_size
+        assert sum(sizes.values()) == expected_bytes(config, row["label"])
+        assert "lm_head.weight" not in sizes, "the tied embedding is stored once"
+        assert row["size_ratio"] == row["weight_bytes"] / results["variants"][0]["weight_bytes"]
+
+
+def test_checkpoints_say_what_they_are(demo):
+    _, folder, results = demo
+    wanted = dict(zip(LABELS[1:], (
+        ("float-quantized", "float", 8, "channel", None, 8),
+        ("pack-quantized", "int", 4, "group", 128, None),
+        ("int-quantized", "int", 8, "channel", None, 8))))
+    for label in LABELS:
+        files = {file.name for file in (folder / "checkpoints" / label).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= files
+        config = json.loads((folder / "checkpoints" / label / "config.json").read_text())
+        if label == LABELS[0]:
+            assert "quantization_config" not in config
+            continue
+        quantization = config["quantization_config"]
+        group, = quantization["config_groups"].values()
+        weights, inputs = group["weights"], group["input_activations"]
+        assert quantization["ignore"] == ["lm_head"] and group["targets"] == ["Linear"]
+        assert (quantization["format"], weights["type"], weights["num_bits"],
+                weights["strategy"], weights["group_size"],
+                inputs and inputs["num_bits"]) == wanted[label]
+        assert not inputs or (inputs["dynamic"], inputs["strategy"]) == (True, "token")
+        if label == LABELS[3]:
+            assert weights["actorder"] is None
+    assert not list((folder / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_perplexity_as_transformers_computes_it(demo, number):
+    """The library's own loss, window by window, on the checkpoint as anyone loads it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, folder, results = demo
+    row = results["variants"][number]
+    place = folder / row["checkpoint"]
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float16)
+    ids = AutoTokenizer.from_pretrained(place)(
+        quant_lab.python_help()[1], return_tensors="pt").input_ids
+    with torch.no_grad():
+        losses = [model(part, labels=part).loss.double()
+                  for part in ids.split(512, dim=1) if part.shape[1] == 512]
+    assert row["tokens_scored"] == 511 * len(losses)
+    assert row["perplexity"] == pytest.approx(
+        torch.stack(losses).mean().exp().item(), rel=1e-3)
+
+
+def test_table_is_what_results_say(demo):
+    done, folder, results = demo
+    lines = done.stdout.split("\n")
+    assert max(map(len, lines)) <= 120 and "\r" not in done.stdout
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout)
+    table = quant_lab.render_table(results["variants"])
+    assert table in done.stdout and table in (folder / "summary.md").read_text()
+    assert len({line.count("|") for line in table.split("\n")}) == 1
+    for row in results["variants"]:
+        line, = (line for line in table.split("\n") if row["label"] in line)
+        assert f" {row['perplexity']:.3f} " in line
+        assert f" {row['size_ratio']:.3f} " in line
+        words = quant_lab.plain(row["sample"]["completion"])
+        assert words in re.sub(r"\s+", " ", done.stdout)
+        assert words in (folder / "summary.md").read_text()
+
+
+def test_a_second_run_measures_nothing(demo):
+    _, folder, before = demo
+    again = run_process("--demo", "--output-dir", folder,
+                        *(["--device", "cpu"] if torch.cuda.is_available() else []))
+    assert again.returncode == 0 and again.stdout.count("finished before") == 4
+    assert strict(folder / "results.json")["variants"] == before["variants"]
+
+
+def test_tokenizer_travels_with_the_checkpoint(demo):
+    from transformers import AutoTokenizer
+
+    chat = [{"role": "user", "content": "What is a list?"}]
+    wanted = AutoTokenizer.from_pretrained(TINY).apply_chat_template(chat, tokenize=False)
+    for row in demo[2]["variants"]:
+        tokenizer = AutoTokenizer.from_pretrained(demo[1] / row["checkpoint"])
+        assert tokenizer.apply_chat_template(chat, tokenize=False) == wanted
+
+
+class Died(BaseException):
+    """Not an Exception: nothing in the lab may survive it."""
+
+
+@pytest.fixture
+def lab(quick, tmp_path):
+    """Build the lab of the quick run; words are options on top."""
+
+    def build(*words):
+        options = quant_lab.parse_options([str(word) for word in (*quick, *words)])
+        device = torch.device("cpu")
+        machine = quant_lab.describe_machine(device)
+        output = quant_lab.prepare_output(options, machine)
+        folder, tokenizer, context = quant_lab.open_model(options.model)
+        return quant_lab.Lab(
+            options, device, machine, quant_lab.list_versions(), output, folder, tokenizer,
+            quant_lab.load_evaluation(options, tokenizer, context),
+            quant_lab.load_calibration(options, tokenizer, context))
+
+    return build
+
+
+def count_calls(monkeypatch, name):
+    real, calls = getattr(quant_lab, name), []
+
+    def counted(*arguments, **named):
+        calls.append(arguments)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(quant_lab, name, counted)
+    return calls
+
+
+def die_at(monkeypatch, owner, name, number):
+    """Make the call `number` (from 1) of a function die; returns an undo."""
+    real, left = getattr(owner, name), [number]
+
+    def deadly(*arguments, **named):
+        left[0] -= 1
+        if not left[0]:
+            raise Died
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, deadly)
+    return lambda: monkeypatch.setattr(owner, name, real)
+
+
+@pytest.mark.parametrize("owner, name, number, done, made", [
+    (quant_lab, "load_model", 3, 1, 1), (quant_lab, "apply_recipe", 2, 2, 2),
+    (quant_lab.Path, "rename", 3, 2, 2), (quant_lab, "measure_perplexity", 3, 2, 3),
+    (quant_lab, "measure_speed", 4, 3, 4), (quant_lab, "write_json", 8, 3, 4)])
+def test_what_is_finished_survives_a_death(lab, monkeypatch, owner, name, number, done, made):
+    """Killed in any step: finished rows and checkpoints are kept, the rest is redone."""
+    undo = die_at(monkeypatch, owner, name, number)
+    with pytest.raises(Died):
+        quant_lab.run_lab(lab(), [])
+    undo()
+    output = lab().output
+    before = strict(output / "results.json")["variants"]
+    whole = {p.name for p in (output / "checkpoints").iterdir() if p.suffix != ".partial"}
+    assert [row["label"] for row in before] == LABELS[:done] and whole == set(LABELS[:made])
+    recipes = count_calls(monkeypatch, "build_recipe")
+    benchmarks = count_calls(monkeypatch, "benchmark_variant")
+    after = quant_lab.run_lab(lab(), [])["variants"]
+    assert [row["status"] for row in after] == ["ok"] * 4
+    assert after[:done] == before
+    assert [call[0] for call in benchmarks] == LABELS[done:]
+    assert [call[0] for call in recipes[4:]] == LABELS[made:]  # Four make the keys.
+    assert not list((output / "checkpoints").glob("*.partial"))
+
+
+def test_changed_settings_reuse_nothing_they_shape(lab, monkeypatch, small, tmp_path):
+    first = quant_lab.run_lab(lab("--variants", *LABELS[1:3]), [])["variants"]
+    recipes = count_calls(monkeypatch, "apply_recipe")
+    benchmarks = count_calls(monkeypatch, "benchmark_variant")
+
+    def rerun(*words):
+        recipes.clear(), benchmarks.clear()
+        rows = quant_lab.run_lab(lab("--variants", *LABELS[1:3], *words), [])["variants"]
+        return len(recipes), len(benchmarks), rows
+
+    assert rerun() == (0, 0, first)
+    assert rerun("--dampening", 0.02)[:2] == (1, 1), "FP8 has no dampening"
+    assert rerun("--calibration-samples", 9)[:2] == (1, 1), "nor any chats"
+    assert rerun("--calibration-samples", 9, "--repeats", 3)[:2] == (0, 2)
+    assert rerun("--seed", 1)[:2] == (2, 2)
+    assert rerun("--fresh", "--seed", 1)[:2] == (2, 2)
+    (tmp_path / "model").mkdir()
+    folder = make_small(tmp_path / "model", hidden=128, initializer_range=0.1)
+    assert rerun("--model", folder, "--seed", 1)[:2] == (2, 2)
+    (lab().output / "results.json").write_text("{ cut off")
+    assert rerun("--model", folder, "--seed", 1)[:2] == (0, 2)
+
+
+def test_rows_of_other_variants_stay(lab):
+    quant_lab.run_lab(lab("--variants", LABELS[1]), [])
+    alone = strict(lab().output / "results.json")["variants"]
+    assert alone[0]["size_ratio"] is None
+    assert LABELS[0] in " ".join(quant_lab.render_notes(strict(lab().output / "results.json")))
+    rows = quant_lab.run_lab(lab("--variants", LABELS[0]), [])["variants"]
+    assert [row["label"] for row in rows] == LABELS[:2]
+    assert rows[1]["size_ratio"] == rows[1]["weight_bytes"] / rows[0]["weight_bytes"]
+
+
+@pytest.mark.parametrize("error, says", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "9 GiB"),
+    (NotImplementedError("no kernel image for this device"), "no kernel image"),
+    (FloatingPointError("logits are not finite"), "not finite")])
+def test_a_failing_variant_is_a_row(lab, monkeypatch, capsys, error, says):
+    real = quant_lab.measure_speed
+
+    def fail(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        return real(*arguments)
+
+    calls = []
+    monkeypatch.setattr(quant_lab, "measure_speed", fail)
+    results = quant_lab.run_lab(lab(), [])
+    assert [row["status"] for row in results["variants"]] == ["ok", "failed", "ok", "ok"]
+    row = strict(lab().output / "results.json")["variants"][1]
+    assert says in row["error"] and row["perplexity"] is None
+    assert "failed" in quant_lab.render_table(results["variants"]).split("\n")[3]
+    assert says in " ".join(quant_lab.render_notes(results))
+    quant_lab.render_summary(results)
+    fixed = quant_lab.run_lab(lab(), [])["variants"]
+    assert [row["status"] for row in fixed] == ["ok"] * 4
+
+
+def test_exit_code_1_when_a_recipe_does_not_fit(run_script, quick, tmp_path):
+    """Groups of 128 do not divide a width of 64: W4A16 fails and says so."""
+    folder = make_small(tmp_path / "narrow", hidden=64)
+    run = run_script(*quick, "--model", folder)
+    assert run.code == 1, run.out + run.err
+    rows = strict(tmp_path / "out" / "results.json")["variants"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "failed", "ok"]
+    assert "128" in rows[2]["error"] and rows[2]["error"] in run.out
+    assert "Traceback" not in run.out + run.err
+
+
+def test_nan_weights_fail_the_row(run_script, quick, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_small(tmp_path / "nan", hidden=128)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    run = run_script(*quick, "--model", folder, "--variants", LABELS[0])
+    row, = strict(tmp_path / "out" / "results.json")["variants"]
+    assert run.code == 1 and row["status"] == "failed" and "--dtype" in row["error"]
+
+
+def test_missing_weights_fail_the_row(run_script, quick, small, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make_small(tmp_path / "gap", hidden=128)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    run = run_script(*quick, "--model", folder, "--variants", LABELS[0])
+    row, = strict(tmp_path / "out" / "results.json")["variants"]
+    assert run.code == 1 and "up_proj" in row["error"]
+
+
+def test_fallbacks_to_rounding_are_counted(lab, tmp_path):
+    """One sample of 8 tokens cannot fill a 128 x 128 matrix: undamped, no layer inverts."""
+    build = lab("--variants", LABELS[2], "--dampening", 0, "--calibration-samples", 1,
+                "--calibration-length", 8)
+    row, = quant_lab.run_lab(build, [])["variants"]
+    assert row["status"] == "ok" and row["rtn_fallbacks"] == 7
+    assert row["rtn_fallbacks"] == int(re.search(
+        r"inversion failed for (\d+)/7", (build.output / "log.txt").read_text())[1])
+
+
+def test_committed_results_are_those_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for file in sorted((ROOT / "results").glob("*/results.json")):
+        results = strict(file)
+        table = quant_lab.render_table(results["variants"])
+        assert table in (file.parent / "summary.md").read_text(encoding="utf-8")
+        assert table in readme, f"README.md does not show {file.parent.name} as it is"
+
+
+def make_hub(folder: Path):
+    """The tiny model as Qwen's, a chat set like UltraChat's, a text like WikiText's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    model, chats, wiki = (folder / name for name in ("model", "chats", "wiki"))
+    for place in (model / "onnx", chats / "data", wiki / "wikitext-2-raw-v1"):
+        place.mkdir(parents=True)
+    for file in TINY.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    for name in ("pytorch_model.bin", "onnx/model.onnx", "consolidated.safetensors"):
+        (model / name).write_bytes(b"0" * 100_000)
+    text = quant_lab.python_help()[1]
+    rows = [{"prompt": os.urandom(1000).hex(), "messages": [
+        {"role": "user", "content": f"Say {n * 7919 % 10007} in words."},
+        {"role": "assistant", "content": f"{n * 104729 % 1000003} " * 4}]}
+        for n in range(20_000)]
+    for split in ("train_sft-0", "train_sft-1", "test_sft-0"):
+        pq.write_table(pa.Table.from_pylist(rows), chats / "data" / f"{split}.parquet",
+                       row_group_size=1000)
+    lines = [{"text": line + "\n" if line.strip() else ""}
+             for line in text[:20_000].split("\n")]
+    for split in ("test", "train", "validation"):
+        pq.write_table(pa.Table.from_pylist(lines),
+                       wiki / "wikitext-2-raw-v1" / f"{split}-0.parquet")
+    for place, name, splits, under in (
+            (chats, "default", ("train_sft", "test_sft"), "data"),
+            (wiki, "wikitext-2-raw-v1", ("test", "train"), "wikitext-2-raw-v1")):
+        listed = "".join(f"  - split: {split}\n    path: {under}/{split}-*\n"
+                         for split in splits)
+        (place / "README.md").write_text(
+            f"---\nconfigs:\n- config_name: {name}\n  data_files:\n{listed}---\n")
+    return {"models/Qwen/Qwen2.5-0.5B-Instruct": model,
+            "datasets/HuggingFaceH4/ultrachat_200k": chats,
+            "datasets/Salesforce/wikitext": wiki}, lines
+
+
+def test_default_route_from_the_hub_and_again_from_the_cache(tmp_path):
+    repos, lines = make_hub(tmp_path / "hub")
+    home = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
+    words = ["--device", "cpu", "--output-dir", tmp_path / "out"]
+    with serve(repos) as hub:
+        done = run_process(*words, HF_ENDPOINT=hub.url, **home)
+        assert done.returncode == 0, done.stdout + done.stderr
+    results = strict(tmp_path / "out" / "results.json")
+    assert [row["status"] for row in results["variants"]] == ["ok"] * 4
+    assert results["config"]["calibration_samples"] == 256 and "256 chats" in done.stdout
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(TINY)("\n\n".join(
+        row["text"] for row in lines)).input_ids
+    assert results["variants"][0]["tokens_scored"] == len(ids) // 2048 * 2047
+    sent = {name.rpartition("/")[2]: size for name, size in hub.sent.items()}
+    assert not {"pytorch_model.bin", "model.onnx", "consolidated.safetensors"} & set(sent)
+    assert sent["model.safetensors"] == (TINY / "model.safetensors").stat().st_size
+    assert {name for name in sent if name.endswith(".parquet")} == {
+        "test-0.parquet", "train_sft-0.parquet"}
+    chats = repos["datasets/HuggingFaceH4/ultrachat_200k"] / "data" / "train_sft-0.parquet"
+    assert sent["train_sft-0.parquet"] < chats.stat().st_size / 2, "the chats are streamed"
+    again = run_process(*words, "--fresh", "--variants", LABELS[2], HF_ENDPOINT=hub.url,
+                        **home)
+    assert again.returncode == 0, again.stdout + again.stderr
+    row = strict(tmp_path / "out" / "results.json")["variants"][0]
+    assert row["perplexity"] == results["variants"][2]["perplexity"]

@@ -1,0 +1,250 @@
+"""Import, notebook, options, and every refusal by its exit code and line."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+
+import jupytext
+import pytest
+import torch
+from conftest import ROOT, SCRIPT, SHARED, make_small
+
+import quant_lab
+
+
+def test_import_does_nothing_visible(tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import quant_lab, torch\n"
+        "heavy = {'llmcompressor', 'datasets', 'matplotlib', 'transformers'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not [n for n in vars(quant_lab) if n in ('OPTIONS', 'LAB', 'RESULTS')]")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_notebook_has_the_same_code(tmp_path):
+    notebook = jupytext.read(SCRIPT)
+    jupytext.write(notebook, tmp_path / "quant_lab.ipynb")
+    cells = json.loads((tmp_path / "quant_lab.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    script = ast.parse(SCRIPT.read_text(encoding="utf-8")).body
+    prose = [node for node in script if isinstance(node, ast.Expr)
+             and isinstance(node.value, ast.Constant)]
+    wanted = [ast.dump(node) for node in script if node not in prose]
+    assert [ast.dump(node) for cell in code for node in ast.parse(cell).body] == wanted
+    assert len(prose) == sum(cell["cell_type"] == "markdown" for cell in cells)
+    assert max(cell.count("\n") for cell in code) < 60
+    metadata = notebook.metadata
+    assert metadata["accelerator"] == "GPU" and metadata["colab"]["gpuType"] == "T4"
+
+
+def test_typed_beats_demo_beats_default():
+    plain = quant_lab.parse_options([])
+    assert plain == quant_lab.Options()
+    assert (plain.model, plain.window, plain.calibration_samples) == (
+        "Qwen/Qwen2.5-0.5B-Instruct", 2048, 256)
+    demo = quant_lab.parse_options(["--demo"])
+    assert demo.window != plain.window and demo.repeats == plain.repeats
+    both = quant_lab.parse_options(["--window", "100", "--demo", "--seed", "7"])
+    assert (both.window, both.seed, both.model) == (100, 7, demo.model)
+    assert quant_lab.parse_options(["--demo", "--window", "2048"]).window == 2048
+
+
+@pytest.mark.parametrize("words", [
+    ["03_smoothquant_w8a8", "00_fp16_baseline"], ["03_smoothquant_w8a8,00_fp16_baseline"]])
+def test_variants_run_in_the_order_of_the_table(words):
+    options = quant_lab.parse_options(["--variants", *words])
+    assert options.variants == ("00_fp16_baseline", "03_smoothquant_w8a8")
+
+
+def test_a_notebook_reads_the_environment_instead_of_the_kernels_words(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setenv("QUANT_LAB_ARGS", '--demo --eval-text "my text.txt"')
+    assert quant_lab.read_words() == ["--demo", "--eval-text", "my text.txt"]
+    monkeypatch.delattr(quant_lab, "__file__")
+    assert quant_lab.read_words() == ["--demo", "--eval-text", "my text.txt"]
+    monkeypatch.delenv("QUANT_LAB_ARGS")
+    assert quant_lab.read_words() == []
+
+
+def test_a_script_reads_its_own_words(monkeypatch):
+    monkeypatch.setenv("QUANT_LAB_ARGS", "--fresh")
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--demo"])
+    assert quant_lab.read_words() == ["--demo"]
+
+
+def refused(run, *names, lines=1):
+    assert run.code == 2, run.out + run.err
+    assert "Traceback" not in run.out + run.err
+    said = run.err.strip().split("\n")
+    assert len(said) == lines and said[0].startswith("quant_lab: "), run.err
+    for name in names:
+        assert str(name) in run.err
+
+
+@pytest.mark.parametrize("words, names", [
+    (["--windw", "64"], ["--windw", "--help"]),
+    (["--win", "64"], ["--win"]),
+    (["stray"], ["stray"]),
+    (["--window", "many"], ["--window", "many"]),
+    (["--window", "1"], ["--window 1", "2"]),
+    (["--max-windows", "-1"], ["--max-windows -1"]),
+    (["--dampening", "nan"], ["--dampening nan"]),
+    (["--smoothing-strength", "1.5"], ["--smoothing-strength 1.5", "1"]),
+    (["--dtype", "int4"], ["--dtype", "int4", "float16"]),
+    (["--device", "tpu"], ["--device", "tpu"]),
+    (["--variants", "04_wishful"], ["04_wishful", "02_gptq_w4a16"]),
+    (["--variants"], ["--variants"]),
+    (["--repeats", "0"], ["--repeats 0"]),
+    (["--new-tokens", "1"], ["--new-tokens 1"]),
+])
+def test_bad_words(run_script, words, names):
+    refused(run_script(*words), *names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("words", [[], ["--device", "cuda"]])
+def test_no_gpu(run_script, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = run_script(*words)
+    refused(run, "Colab", "T4", "--demo", lines=3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_is_not_there(run_script, quick):
+    refused(run_script(*quick, "--model", "no/such-model"), "--model no/such-model")
+    refused(run_script(*quick, "--model", "./no/such/folder"), "./no/such/folder")
+
+
+def damage_no_weights(folder):
+    (folder / "model.safetensors").rename(folder / "model.bin")
+
+
+def damage_half_the_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def damage_no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def damage_not_causal(folder):
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+
+
+def damage_no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def damage_no_template(folder):
+    (folder / "chat_template.jinja").unlink()
+
+
+def damage_already_quantized(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("damage, says", [
+    (damage_no_weights, "safetensors"), (damage_half_the_weights, "Safetensor"),
+    (damage_no_config, "--model"), (damage_not_causal, "--model"),
+    (damage_no_tokenizer, "--model"), (damage_no_template, "chat template"),
+    (damage_already_quantized, "quantized already")])
+def test_model_folder_that_cannot_be_used(run_script, quick, small, tmp_path, damage, says):
+    shutil.copytree(small, tmp_path / "model")
+    damage(tmp_path / "model")
+    refused(run_script(*quick, "--model", tmp_path / "model"), tmp_path / "model", says)
+
+
+@pytest.mark.parametrize("content, says", [
+    ("", "no conversation"), ("\n\n", "no conversation"),
+    ('{"messages": [{"role": "user", "content": "hi"}]}\nnot json', "line 2"),
+    ('{"text": "hi"}', "line 1"), ('["hi"]', "line 1"), ('{"messages": []}', "line 1"),
+    ('{"messages": ["hi"]}', "line 1"), ('{"messages": 3}', "line 1"),
+    ('{"messages": [{"role": "user", "content": 3}]}', "line 1"),
+    ('{"messages": [{"role": "pirate", "content": "arr"}]}', "line 1"),
+    (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', "utf-8"),
+])
+def test_chat_file_that_cannot_be_used(run_script, quick, tmp_path, content, says):
+    file = tmp_path / "bad.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(run_script(*quick, "--calibration-data", file), file, says)
+    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+
+
+def test_files_that_are_not_there(run_script, quick, tmp_path):
+    for option in ("--calibration-data", "--eval-text"):
+        refused(run_script(*quick, option, tmp_path / "none.txt"), option, "none.txt")
+
+
+def test_text_shorter_than_a_window(run_script, quick, tmp_path):
+    (tmp_path / "short.txt").write_text("Too short.")
+    refused(run_script(*quick, "--eval-text", tmp_path / "short.txt"), "short.txt",
+            "--window")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    refused(run_script(*quick, "--eval-text", tmp_path / "binary.txt"), "binary.txt")
+
+
+def test_window_past_the_context(run_script, quick, tmp_path):
+    folder = make_small(tmp_path / "model", hidden=128, max_position_embeddings=32)
+    refused(run_script(*quick, "--model", folder), "--window 64", "32")
+
+
+def test_hub_that_cannot_be_reached(run_script, quick, monkeypatch, tmp_path):
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    for option, value in (("--model", quant_lab.Options.model),
+                          ("--calibration-data", quant_lab.ULTRACHAT),
+                          ("--eval-text", quant_lab.WIKITEXT)):
+        refused(run_script(*quick, option, value), option, value)
+
+
+def test_output_that_cannot_be_written(run_script, quick, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        refused(run_script(*quick, "--output-dir", folder), "--output-dir", folder)
+
+
+def test_help_is_the_title_and_names_every_option(run_script):
+    run = run_script("--help")
+    assert run.code == 0 and quant_lab.__doc__.strip().split("\n")[0] in run.out
+    for name in quant_lab.Options.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in run.out
+
+
+def test_calibration_is_shuffled_templated_cut_and_counted(small, texts, capsys):
+    _, tokenizer, _ = quant_lab.open_model(str(small))
+    chats = [json.loads(line)["messages"]
+             for line in (texts / "chats.jsonl").read_text().split("\n")]
+
+    def load(**changes):
+        return quant_lab.load_calibration(quant_lab.Options(
+            calibration_data=str(texts / "chats.jsonl"), **changes), tokenizer, 2048)
+
+    samples = load(calibration_samples=5, calibration_length=50)
+    assert "5 chats" in capsys.readouterr().out
+    starts = [tokenizer("<|im_start|>user\n" + chat[0]["content"] + "<|im_end|>\n",
+                        add_special_tokens=False).input_ids for chat in chats]
+    found = [next(i for i, start in enumerate(starts) if sample[: len(start)] == start)
+             for sample in samples]
+    assert len(set(found)) == 5 and found != sorted(found)
+    assert all(len(sample) == 50 for sample in samples)
+    assert samples == load(calibration_samples=5, calibration_length=50)
+    assert samples != load(calibration_samples=5, calibration_length=50, seed=1)
+    whole = load(calibration_length=2000)
+    said = capsys.readouterr().out
+    assert len(whole) == 12 and "12 chats" in said and "256 asked for" in said
+    assert f"{sum(map(len, whole)):,} tokens" in said
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not beside the project")
+def test_a_model_without_template_is_refused(run_script, quick):
+    refused(run_script(*quick, "--model", SHARED / "stories260k"), "chat template")
