@@ -170,8 +170,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    text = args.text and Path(args.text).read_text(encoding="utf-8")
-    documents = text.split(SEPARATOR) if text else python_documents()
+    text = Path(args.text).read_text(encoding="utf-8") if args.text else (
+        SEPARATOR.join(python_documents()))
+    documents = text.split(SEPARATOR)
     if args.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     else:
