@@ -230,7 +230,7 @@ def choose_device(options: Options) -> tuple[torch.device, str]:
     if not torch.cuda.is_available():
         if options.demo and options.device == "auto":
             return torch.device("cpu"), "no CUDA GPU, and the demo needs none"
-        stop("no CUDA GPU found, and neither --demo nor --device cpu was given.",
+        stop("no CUDA GPU found; all but --demo and --device cpu needs one.",
              "In Colab: Runtime > Change runtime type > T4 GPU, then run again.",
              "Without a GPU: python quant_lab.py --demo (the same code, a tiny model).")
     if torch.cuda.get_device_capability() < (8, 0):
@@ -284,11 +284,10 @@ if __name__ == "__main__":
     OUTPUT = prepare_output(OPTIONS, MACHINE)
     print(f"\ndevice       {DEVICE}, {reason}: {MACHINE['name']}, "
           f"{MACHINE['memory_bytes'] / 2**30:.1f} GiB")
-    print(f"dtype        {OPTIONS.dtype}:",
-          "native on every CUDA GPU, T4 included" if OPTIONS.dtype == "float16"
-          else "asked for")
+    print(f"dtype        {OPTIONS.dtype}:", "asked for" if OPTIONS.dtype != "float16"
+          else "the 16-bit type that every GPU has, a T4 too")
     print("attention    sdpa: the eager form overflows float16 in Qwen2")
-    print(f"output       {OUTPUT}")
+    print(f"output       {OUTPUT}; what the libraries say goes to log.txt there")
 
 # %% [markdown]
 """
@@ -362,8 +361,8 @@ def open_model(name: str) -> tuple[Path, object, int]:
 def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -> list:
     """A column of a hub data set in Parquet: the first `rows` of a split, or all.
 
-    Reads row groups of one column as they are needed. Not `load_dataset(streaming=True)`:
-    it reads far ahead, and aborts the interpreter if it exits early (datasets#7566).
+    Reads row groups of one column as they are needed. load_dataset(streaming=True)
+    reads far ahead, and can abort an interpreter that exits soon after (datasets#7566).
     """
     from datasets import Dataset, disable_progress_bars, load_dataset_builder
     from huggingface_hub import HfFileSystem
@@ -406,23 +405,24 @@ def python_help() -> tuple[list[list[dict]], str]:
     """Calibration chats and held-out evaluation text of the topics of Python's help.
 
     Topics quote each other: a paragraph that shares a line (of 40 characters or more)
-    with the held-out text is in no chat.
+    with the held-out text is in no chat. Underlines of headings are left out.
     """
     from pydoc_data.topics import topics
 
-    held = [name for name in sorted(topics) if zlib.crc32(name.encode()) % 8 == 6]
-    text = "\n\n".join(topics[name].strip() for name in held)
-    lines = {line.strip() for line in text.split("\n") if len(line.strip()) >= 40}
+    texts = {name: re.sub(r"\n[^\w\s]{4,}\n", "\n", topics[name].strip())
+             for name in sorted(topics)}
+    held = [name for name in texts if zlib.crc32(name.encode()) % 8 == 6]
+    evaluation = "\n\n".join(texts.pop(name) for name in held)
+    lines = {s for line in evaluation.split("\n") if len(s := line.strip()) >= 40}
     chats = []
-    for name in sorted(set(topics) - set(held)):
-        kept = [paragraph for paragraph in topics[name].strip().split("\n\n")
+    for name, text in texts.items():
+        kept = [paragraph for paragraph in text.split("\n\n")
                 if lines.isdisjoint(line.strip() for line in paragraph.split("\n"))]
-        body = "\n\n".join(kept)
-        for part, begin in enumerate(range(0, len(body), 1200), 1):
+        for part, begin in enumerate(range(0, len(kept), 4), 1):
             chats.append([
                 dict(role="user", content=f"Explain {name} in Python, part {part}."),
-                dict(role="assistant", content=body[begin : begin + 1200])])
-    return chats, text
+                dict(role="assistant", content="\n\n".join(kept[begin : begin + 4]))])
+    return chats, evaluation
 
 
 # %%
@@ -430,13 +430,11 @@ def load_calibration(options: Options, tokenizer, context: int) -> list[list[int
     """Token ids of the calibration chats; data that cannot be used exits with 2."""
     source, wanted = options.calibration_data, options.calibration_samples
     length = min(options.calibration_length, context)
-    advice = "give a .jsonl of chats, or check the network"
-    with usable("--calibration-data", source, advice):
+    with usable("--calibration-data", source, "give a .jsonl, or check the network"):
         if source == PYTHON_HELP:
             chats = python_help()[0]
         elif source == ULTRACHAT:
-            chats = stream_rows(ULTRACHAT, "default", "train_sft", "messages",
-                                4 * wanted)
+            chats = stream_rows(source, "default", "train_sft", "messages", 4 * wanted)
         else:
             chats = read_chats(Path(source).expanduser())
         if not chats:
@@ -458,8 +456,7 @@ def load_evaluation(options: Options, tokenizer, context: int) -> torch.Tensor:
         if source == PYTHON_HELP:
             text = python_help()[1]
         elif source == WIKITEXT:
-            rows = stream_rows(WIKITEXT, "wikitext-2-raw-v1", "test", "text")
-            text = "\n\n".join(rows)
+            text = "\n\n".join(stream_rows(source, "wikitext-2-raw-v1", "test", "text"))
         else:
             text = Path(source).expanduser().read_text(encoding="utf-8")
         ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
@@ -665,10 +662,8 @@ def measure_perplexity(model, ids: torch.Tensor, window: int, max_windows: int) 
     Source: https://arxiv.org/abs/2210.17323. Raises FloatingPointError if not finite.
     """
     total, scored = 0.0, 0
-    for row in ids.split(window)[: max_windows or len(ids) // window]:
-        if len(row) < window:
-            break
-        row = row.to(model.device)
+    windows = ids[: len(ids) // window * window].view(-1, window)
+    for row in windows[: max_windows or None].to(model.device):
         logits = model(row[None], use_cache=False).logits[0, :-1]
         # In slices, since 2,048 x 151,936 logits take 1.2 GB in float32.
         for part, target in zip(logits.split(256), row[1:].split(256)):
@@ -780,7 +775,7 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab) -> dict:
     try:
         with chatter_to(log):
             row |= quantize_variant(label, keys[0], lab)
-        print(f"      {row['weight_bytes'] / 1e6:,.1f} MB, made in "
+        print(f"      {row['weight_bytes'] / 1e6:,.1f} MB, quantized in "
               f"{row['quantize_seconds']:.1f} s", flush=True)
         with chatter_to(log):
             row |= benchmark_variant(label, lab)
@@ -803,16 +798,17 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
     rows, wanted = {}, lab.options.variants
     if lab.options.fresh:
         (lab.output / "results.json").unlink(missing_ok=True)
-        shutil.rmtree(lab.output / "checkpoints")
-        (lab.output / "checkpoints").mkdir()
+        for label in VARIANTS:
+            shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
     with chatter_to(lab.output / "log.txt"):
         keys = make_keys(lab)
-    for row in read_json(lab.output / "results.json").get("variants", []):
-        made, measured = keys.get(row["label"], ("", ""))
-        note = lab.output / "checkpoints" / row["label"] / "quant_lab.json"
-        if (row["status"] == "ok" and row["fingerprint"] == measured
-                and read_json(note).get("fingerprint") == made):
-            rows[row["label"]] = row
+    before = {row.get("fingerprint"): row
+              for row in read_json(lab.output / "results.json").get("variants", [])}
+    for label, (made, measured) in keys.items():
+        note = read_json(lab.output / "checkpoints" / label / "quant_lab.json")
+        row = before.get(measured, ROW)
+        if row["status"] == "ok" and note.get("fingerprint") == made:
+            rows[label] = row
     for number, label in enumerate(wanted, 1):
         print(f"[{number}/{len(wanted)}] {label}"
               + (": finished before" if label in rows else ""), flush=True)

@@ -61,7 +61,7 @@ def test_demo_gives_four_rows(demo):
 def test_quantization_shows_in_the_demo(demo):
     base, fp8, w4, w8 = (row["perplexity"] for row in demo[2]["variants"])
     assert abs(fp8 / base - 1) < 0.01 and abs(w8 / base - 1) < 0.03
-    assert 1.005 < w4 / base < 1.3
+    assert 1.015 < w4 / base < 1.3, "four bits show clearly"
 
 
 def test_sizes_are_those_of_the_tensors(demo):
