@@ -167,14 +167,36 @@ def stop(*lines: str):
     raise SystemExit(2)
 
 
+def describe(error: BaseException) -> str:
+    """The root cause of an exception, on one line of at most 200 characters."""
+    while error.__cause__:
+        error = error.__cause__
+    text = f"{type(error).__name__}: {error}".rstrip(".\n ")
+    return textwrap.shorten(text, 200, placeholder=" ...")
+
+
+@contextlib.contextmanager
+def usable(flag: str, value: str, advice: str):
+    """Turn any exception of the block into exit code 2 and a line that names both."""
+    try:
+        yield
+    except Exception as error:
+        stop(f"{flag} {value}: {describe(error)}; {advice}")
+
+
 def read_words() -> list[str]:
     """The command line's words; where a notebook runs this, those of QUANT_LAB_ARGS."""
-    script = globals().get("__file__")
-    if script and Path(sys.argv[0]).resolve() == Path(script).resolve():
-        return sys.argv[1:]
-    return shlex.split(os.environ.get("QUANT_LAB_ARGS", ""))
+    script, (name, *words) = globals().get("__file__"), sys.argv
+    if script and Path(name).resolve() == Path(script).resolve():
+        if words or "IPython" not in sys.modules:
+            return words
+    try:
+        return shlex.split(os.environ.get("QUANT_LAB_ARGS", ""))
+    except ValueError as error:
+        stop(f"QUANT_LAB_ARGS: {error}; write it as on a command line")
 
 
+# %%
 def parse_options(words: list[str]) -> Options:
     """Options from command-line words; a bad name or value exits with 2."""
     parser = argparse.ArgumentParser(
@@ -188,8 +210,9 @@ def parse_options(words: list[str]) -> Options:
             type=str if kind is tuple else kind, nargs="+" if kind is tuple else None,
             choices=f.metadata["choices"])
         shown = " ".join(f.default) if kind is tuple else f.default
-        parser.add_argument(flag, default=argparse.SUPPRESS, **how,
-                            help=f"{f.metadata['remark']} [{shown}]")
+        parser.add_argument(
+            flag, default=argparse.SUPPRESS, **how, help=f.metadata["remark"]
+            + ("" if shown in ("", False) else f" [{shown}]"))
     given = vars(parser.parse_args(words))
     options = replace(Options(), **{**(DEMO if "demo" in given else {}), **given})
     asked = [label for word in options.variants for label in word.split(",")]
@@ -199,17 +222,16 @@ def parse_options(words: list[str]) -> Options:
         low, high = f.metadata["low"], f.metadata["high"]
         value = getattr(options, f.name)
         if low is not None and not low <= value <= high:
-            stop(f"{flag} {value}: must be from {low} to {high}")
+            stop(f"{flag} {value}: must be at least {low}"
+                 + ("" if high == math.inf else f" and at most {high}"))
     return replace(options, variants=tuple(v for v in VARIANTS if v in asked))
 
 
 # %%
 if __name__ == "__main__":
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # A completion may be in any script.
     OPTIONS = parse_options(read_words())
-    print("options (* is not the default)")
-    for name, value in asdict(OPTIONS).items():
-        mark = " " if value == getattr(Options, name) else "*"
-        print(f"{mark} {name:20}", *(value if isinstance(value, tuple) else [value]))
 
 # %% [markdown]
 """
@@ -230,7 +252,7 @@ def choose_device(options: Options) -> tuple[torch.device, str]:
     if not torch.cuda.is_available():
         if options.demo and options.device == "auto":
             return torch.device("cpu"), "no CUDA GPU, and the demo needs none"
-        stop("no CUDA GPU found; all but --demo and --device cpu needs one.",
+        stop("no CUDA GPU found; all but --demo and --device cpu need one.",
              "In Colab: Runtime > Change runtime type > T4 GPU, then run again.",
              "Without a GPU: python quant_lab.py --demo (the same code, a tiny model).")
     if torch.cuda.get_device_capability() < (8, 0):
@@ -267,13 +289,13 @@ def list_versions() -> dict[str, str | None]:
 def prepare_output(options: Options, machine: dict) -> Path:
     """Make the output folder; one that cannot be written exits with 2."""
     device = "cpu" if machine["device"] == "cpu" else machine["name"]
-    slug = re.sub(r"[^A-Za-z0-9._]+", "-", f"{Path(options.model).name}-{device}")
-    output = Path(options.output_dir or f"results/{slug}").expanduser()
-    try:
+    slug = f"{Path(options.model).resolve().name}-{device}"
+    output = options.output_dir or "results/" + re.sub(r"[^A-Za-z0-9._]+", "-", slug)
+    with usable("--output-dir", output, "name a folder that can be written to"):
+        output = Path(output).expanduser()
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (output / "log.txt").write_text("", encoding="utf-8")
-    except OSError as error:
-        stop(f"--output-dir {output}: {error.strerror}; name a folder to write to")
+        (output / "log.txt").touch()
+    print(f"output       {output}; what the libraries say goes to log.txt there\n")
     return output
 
 
@@ -281,13 +303,15 @@ def prepare_output(options: Options, machine: dict) -> Path:
 if __name__ == "__main__":
     DEVICE, reason = choose_device(OPTIONS)
     MACHINE, VERSIONS = describe_machine(DEVICE), list_versions()
-    OUTPUT = prepare_output(OPTIONS, MACHINE)
+    print("options (* is not the default)")
+    for name, value in asdict(OPTIONS).items():
+        mark = " " if value == getattr(Options, name) else "*"
+        print(f"{mark} {name:20}", *(value if isinstance(value, tuple) else [value]))
     print(f"\ndevice       {DEVICE}, {reason}: {MACHINE['name']}, "
           f"{MACHINE['memory_bytes'] / 2**30:.1f} GiB")
     print(f"dtype        {OPTIONS.dtype}:", "asked for" if OPTIONS.dtype != "float16"
           else "the 16-bit type that every GPU has, a T4 too")
     print("attention    sdpa: the eager form overflows float16 in Qwen2")
-    print(f"output       {OUTPUT}; what the libraries say goes to log.txt there")
 
 # %% [markdown]
 """
@@ -306,24 +330,17 @@ calibrates, and trained the tiny model (`tests/make_checkpoint.py`).
 
 
 # %%
-def describe(error: BaseException) -> str:
-    """The root cause of an exception, on one line of at most 200 characters."""
-    while error.__cause__:
-        error = error.__cause__
-    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
-
-
-@contextlib.contextmanager
-def usable(flag: str, value: str, advice: str):
-    """Turn any exception of the block into exit code 2 and a line that names both."""
+def read_json(file: Path) -> dict:
+    """Content of a JSON file; {} where there is none or it cannot be read."""
     try:
-        yield
-    except Exception as error:
-        stop(f"{flag} {value}: {describe(error)}; {advice}")
+        content = json.loads(file.read_text(encoding="utf-8"), parse_constant=int)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
-def open_model(name: str) -> tuple[Path, object, int]:
-    """A model's folder (fetched unless `name` is one), tokenizer and context length.
+def open_model(options: Options) -> tuple[Path, object, int]:
+    """A model's folder (fetched unless it is one), tokenizer and context length.
 
     Exits with 2 unless it is an unquantized causal LM in safetensors, for chat.
     """
@@ -331,30 +348,42 @@ def open_model(name: str) -> tuple[Path, object, int]:
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    places = Path(name).expanduser(), Path(globals().get("__file__", "")).parent / name
-    folder = next(filter(Path.is_dir, places), None)
+    name, here = options.model, Path(globals().get("__file__", "")).parent
     kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-    with usable("--model", name, "give a folder or a hub id, check network and access"):
+    with usable("--model", name, "give a folder or a hub id (needs network, access)"):
+        places = Path(name).expanduser(), here / name
+        folder = next(filter(Path.is_dir, places), None)
+        if folder is None and name.startswith((".", "/", "~")):
+            raise FileNotFoundError("no such folder")
         folder = folder or Path(snapshot_download(
             name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"]))
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(config)
-        if not list(folder.glob("*.safetensors")):
-            raise FileNotFoundError("no *.safetensors in it")
-        for file in folder.glob("*.safetensors"):
-            with safe_open(file, "pt") as tensors:
+            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
+        for file in set(index.values()) or {"model.safetensors"}:
+            with safe_open(folder / file, "pt") as tensors:
                 tensors.keys()
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("word").input_ids:
             raise FileNotFoundError("its tokenizer is empty, are files missing?")
-    if getattr(config, "quantization_config", None):
-        stop(f"--model {name}: is quantized already; give the model it was made from")
-    if not tokenizer.chat_template:
-        stop(f"--model {name}: its tokenizer has no chat template; give an instruct "
-             "model or add a chat_template.jinja")
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return folder, tokenizer, context or 2**31
+        if getattr(config, "quantization_config", None):
+            raise ValueError("is quantized already, give the model it was made from")
+        if not tokenizer.chat_template:
+            raise ValueError("has no chat template, give an instruct model or add one")
+        prompt = len(tokenize_prompt(tokenizer)["input_ids"][0])
+    context = getattr(config.get_text_config(), "max_position_embeddings", 2**31)
+    if prompt + options.new_tokens > context:
+        stop(f"--new-tokens {options.new_tokens}: with the prompt, {prompt}, over the "
+             f"model's context of {context}; choose fewer")
+    return folder, tokenizer, context
+
+
+def tokenize_prompt(tokenizer) -> dict[str, torch.Tensor]:
+    """PROMPT in the chat template: input_ids and attention_mask, each [1, n]."""
+    return tokenizer.apply_chat_template(
+        [dict(role="user", content=PROMPT)], add_generation_prompt=True,
+        return_tensors="pt", return_dict=True)
 
 
 # %%
@@ -383,7 +412,7 @@ def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -
 def read_chats(file: Path) -> list[list[dict]]:
     """Conversations of a .jsonl; ValueError names the first line that is not one."""
     chats = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -430,7 +459,7 @@ def load_calibration(options: Options, tokenizer, context: int) -> list[list[int
     """Token ids of the calibration chats; data that cannot be used exits with 2."""
     source, wanted = options.calibration_data, options.calibration_samples
     length = min(options.calibration_length, context)
-    with usable("--calibration-data", source, "give a .jsonl, or check the network"):
+    with usable("--calibration-data", source, "give a .jsonl (default: needs network)"):
         if source == PYTHON_HELP:
             chats = python_help()[0]
         elif source == ULTRACHAT:
@@ -452,13 +481,13 @@ def load_calibration(options: Options, tokenizer, context: int) -> list[list[int
 def load_evaluation(options: Options, tokenizer, context: int) -> torch.Tensor:
     """Token ids [n] of the evaluation text; one that cannot be used exits with 2."""
     source, window = options.eval_text, options.window
-    with usable("--eval-text", source, "give a UTF-8 text file, or check the network"):
+    with usable("--eval-text", source, "give a UTF-8 text (default: needs network)"):
         if source == PYTHON_HELP:
             text = python_help()[1]
         elif source == WIKITEXT:
             text = "\n\n".join(stream_rows(source, "wikitext-2-raw-v1", "test", "text"))
         else:
-            text = Path(source).expanduser().read_text(encoding="utf-8")
+            text = Path(source).expanduser().read_text(encoding="utf-8-sig")
         ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
     if window > context:
         stop(f"--window {window}: the model's context is {context} tokens; take that")
@@ -487,10 +516,11 @@ class Lab:
 
 
 if __name__ == "__main__":
-    MODEL, TOKENIZER, CONTEXT = open_model(OPTIONS.model)
+    MODEL, TOKENIZER, CONTEXT = open_model(OPTIONS)
     EVAL_IDS = load_evaluation(OPTIONS, TOKENIZER, CONTEXT)
     calibrated = any(VARIANTS[label].calibrated for label in OPTIONS.variants)
     SAMPLES = load_calibration(OPTIONS, TOKENIZER, CONTEXT) if calibrated else []
+    OUTPUT = prepare_output(OPTIONS, MACHINE)
     LAB = Lab(OPTIONS, DEVICE, MACHINE, VERSIONS, OUTPUT, MODEL, TOKENIZER, EVAL_IDS,
               SAMPLES)
 
@@ -516,10 +546,10 @@ def fingerprint(*parts) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hash_folder(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder, subfolders aside."""
+def hash_files(files) -> dict[str, str]:
+    """SHA-256 of each of the paths that is a file."""
     hashes = {}
-    for file in filter(Path.is_file, folder.iterdir()):
+    for file in filter(Path.is_file, files):
         with file.open("rb") as stream:
             hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return hashes
@@ -530,15 +560,6 @@ def write_json(file: Path, content: dict) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     file.with_suffix(".partial").write_text(text + "\n", encoding="utf-8")
     file.with_suffix(".partial").replace(file)
-
-
-def read_json(file: Path) -> dict:
-    """Content of a JSON file; {} where there is none or it cannot be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 @contextlib.contextmanager
@@ -555,7 +576,7 @@ def load_model(folder: Path, options: Options):
 
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, options.dtype), attn_implementation="sdpa",
-        output_loading_info=True)
+        output_loading_info=True, trust_remote_code=False)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} weights, as {missing[0]}")
     return model.eval()
@@ -602,37 +623,48 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
     finally:
         reset_session()
         logger.remove()
+    if not any(hasattr(module, "quantization_scheme") for module in model.modules()):
+        raise ValueError("the recipe found no Linear layer to quantize")
     return sum(map(int, re.findall(r"inversion failed for (\d+)/", "".join(warnings))))
 
 
 # %%
-def quantize_variant(label: str, key: str, lab: Lab) -> dict:
-    """Write `checkpoints/<label>` unless one with this key is there; describe it.
+def read_checkpoint(folder: Path, key: str) -> dict | None:
+    """What is known of a checkpoint, or None unless it is whole and has this key."""
+    note = read_json(folder / "quant_lab.json")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    whole = note.get("fingerprint") == key and note.get("weight_bytes") == size
+    return dict(checkpoint=f"checkpoints/{folder.name}", weight_bytes=size,
+                quantize_seconds=note["quantize_seconds"],
+                rtn_fallbacks=note["rtn_fallbacks"]) if whole else None
 
-    weight_bytes counts the safetensors, quantize_seconds the recipe without loading
-    and saving, rtn_fallbacks the modules that GPTQ left to round-to-nearest.
+
+def quantize_variant(label: str, key: str, lab: Lab) -> None:
+    """Write `checkpoints/<label>`.
+
+    Its quant_lab.json keeps weight_bytes of the safetensors, quantize_seconds of the
+    recipe without loading and saving, rtn_fallbacks: modules left to round-to-nearest.
     """
     folder = lab.output / "checkpoints" / label
-    note = folder / "quant_lab.json"
-    if read_json(note).get("fingerprint") != key:
-        torch.manual_seed(lab.options.seed)
-        model = load_model(lab.model, lab.options)
-        recipe = build_recipe(label, lab.options)
-        samples = lab.samples if VARIANTS[label].calibrated else []
-        start = time.perf_counter()
-        fallbacks = apply_recipe(model, recipe, samples, lab) if recipe else 0
-        seconds = time.perf_counter() - start if recipe else 0.0
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        lab.tokenizer.save_pretrained(partial)
-        write_json(partial / note.name, dict(
-            fingerprint=key, quantize_seconds=seconds, rtn_fallbacks=fallbacks))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    facts = {k: v for k, v in read_json(note).items() if k != "fingerprint"}
-    return dict(checkpoint=f"checkpoints/{label}", **facts, weight_bytes=sum(
-        file.stat().st_size for file in folder.glob("*.safetensors")))
+    torch.manual_seed(lab.options.seed)
+    model, recipe = load_model(lab.model, lab.options), build_recipe(label, lab.options)
+    samples = lab.samples if VARIANTS[label].calibrated else []
+    start = time.perf_counter()
+    fallbacks = apply_recipe(model, recipe, samples, lab) if recipe else 0
+    seconds = time.perf_counter() - start if recipe else 0.0
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # Older models set a temperature without asking to sample.
+        model.generation_config.do_sample = True
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    lab.tokenizer.save_pretrained(partial)
+    write_json(partial / "quant_lab.json", dict(
+        fingerprint=key, quantize_seconds=seconds, rtn_fallbacks=fallbacks,
+        weight_bytes=sum(f.stat().st_size for f in partial.glob("*.safetensors"))))
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 # %% [markdown]
 """
@@ -722,9 +754,7 @@ def benchmark_variant(label: str, lab: Lab) -> dict:
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    prompt = tokenizer.apply_chat_template(
-        [dict(role="user", content=PROMPT)], add_generation_prompt=True,
-        return_tensors="pt", return_dict=True).to(lab.device)
+    prompt = tokenize_prompt(tokenizer).to(lab.device)
     speed = measure_speed(model, prompt, options.new_tokens, options.repeats)
     tokens = model.generate(
         **prompt, do_sample=False, max_new_tokens=options.new_tokens)
@@ -757,12 +787,15 @@ ROW = dict.fromkeys((
 def make_keys(lab: Lab) -> dict[str, tuple[str, str]]:
     """Per label the fingerprint of what shapes its checkpoint, and of its row."""
     o, keys = lab.options, {}
-    common = hash_folder(lab.model), lab.versions, lab.machine, o.dtype, o.seed
+    machine = [lab.machine[name] for name in ("device", "name", "compute_capability")]
+    common = hash_files(lab.model.iterdir()), lab.versions, machine, o.dtype, o.seed
+    chats = (hash_files([Path(o.calibration_data).expanduser()]), o.calibration_data,
+             o.calibration_samples, o.calibration_length)
     measured = (lab.eval_ids.tolist(), o.window, o.max_windows, o.new_tokens, o.repeats,
                 PROMPT)
     for label, variant in VARIANTS.items():
         made = fingerprint(common, label, repr(build_recipe(label, o)),
-                           lab.samples if variant.calibrated else [])
+                           chats if variant.calibrated else None)
         keys[label] = made, fingerprint(made, measured)
     return keys
 
@@ -771,12 +804,15 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab) -> dict:
     """The row of a variant; its status is "failed" if anything went wrong."""
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
                      fingerprint=keys[1])
-    log = lab.output / "log.txt"
+    log, folder = lab.output / "log.txt", lab.output / "checkpoints" / label
     try:
-        with chatter_to(log):
-            row |= quantize_variant(label, keys[0], lab)
-        print(f"      {row['weight_bytes'] / 1e6:,.1f} MB, quantized in "
-              f"{row['quantize_seconds']:.1f} s", flush=True)
+        if not read_checkpoint(folder, keys[0]):
+            with chatter_to(log):
+                quantize_variant(label, keys[0], lab)
+        row |= read_checkpoint(folder, keys[0])
+        print(f"      {row['weight_bytes'] / 1e6:,.1f} MB"
+              + (f", quantized in {row['quantize_seconds']:.1f} s"
+                 if label != BASELINE else ""), flush=True)
         with chatter_to(log):
             row |= benchmark_variant(label, lab)
         row["status"] = "ok"
@@ -787,28 +823,36 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab) -> dict:
         print(f"      failed: {row['error']}", flush=True)
         with log.open("a", encoding="utf-8") as stream:
             traceback.print_exc(file=stream)
+        shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
     gc.collect()
-    torch.cuda.empty_cache()
+    with contextlib.suppress(RuntimeError):  # Said in the row, if the GPU is lost.
+        torch.cuda.empty_cache()
     return row
 
 
 # %%
+def finished_rows(lab: Lab, keys: dict[str, tuple[str, str]]) -> dict[str, dict]:
+    """Rows of an earlier run that nothing has changed since, by label."""
+    rows = {}
+    before = read_json(lab.output / "results.json").get("variants")
+    for row in before if isinstance(before, list) else []:
+        for label, (made, measured) in keys.items():
+            if (isinstance(row, dict) and row.keys() == ROW.keys()
+                    and row["fingerprint"] == measured and row["status"] == "ok"
+                    and read_checkpoint(lab.output / "checkpoints" / label, made)):
+                rows[label] = row
+    return rows
+
+
 def run_lab(lab: Lab, words: list[str]) -> dict:
     """Run what is not finished; returns the content of results.json."""
-    rows, wanted = {}, lab.options.variants
     if lab.options.fresh:
         (lab.output / "results.json").unlink(missing_ok=True)
         for label in VARIANTS:
             shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
     with chatter_to(lab.output / "log.txt"):
         keys = make_keys(lab)
-    before = {row.get("fingerprint"): row
-              for row in read_json(lab.output / "results.json").get("variants", [])}
-    for label, (made, measured) in keys.items():
-        note = read_json(lab.output / "checkpoints" / label / "quant_lab.json")
-        row = before.get(measured, ROW)
-        if row["status"] == "ok" and note.get("fingerprint") == made:
-            rows[label] = row
+    rows, wanted = finished_rows(lab, keys), lab.options.variants
     for number, label in enumerate(wanted, 1):
         print(f"[{number}/{len(wanted)}] {label}"
               + (": finished before" if label in rows else ""), flush=True)
@@ -829,8 +873,11 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
 
 # %%
 if __name__ == "__main__":
-    print()
-    RESULTS = run_lab(LAB, read_words())
+    try:
+        RESULTS = run_lab(LAB, read_words())
+    except KeyboardInterrupt:
+        print("\ninterrupted; run again to go on, what is finished is kept")
+        sys.exit(130)
 
 # %% [markdown]
 """
@@ -910,15 +957,16 @@ def render_summary(results: dict) -> str:
     return "\n".join(lines)
 
 
+# %%
 if __name__ == "__main__":
-    print("\n" + render_table(RESULTS["variants"]))
+    (OUTPUT / "summary.md").write_text(render_summary(RESULTS), encoding="utf-8")
+    print("\n" + render_table(RESULTS["variants"]) + "\n")
     for note in render_notes(RESULTS):
         print(textwrap.fill(note, 110, subsequent_indent="  "))
     print(f"\nGreedy completions of: {PROMPT}")
     for row in filter(lambda row: row["sample"], RESULTS["variants"]):
         text = f"{row['label']}: {plain(row['sample']['completion'])}"
         print(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
-    (OUTPUT / "summary.md").write_text(render_summary(RESULTS), encoding="utf-8")
     print(f"\nwrote results.json, summary.md, log.txt and checkpoints/ in {OUTPUT}")
     if any(row["status"] == "failed" for row in RESULTS["variants"]):
         sys.exit(1)

@@ -77,7 +77,7 @@ def greedy(model, ids, steps):
 def test_completion_is_plain_greedy_whatever_the_model_prefers(small, tmp_path):
     """The model's folder asks for sampling with a repetition penalty; none may leak."""
     options = quant_lab.Options(new_tokens=12, repeats=2, window=32, dtype="float32")
-    folder = quant_lab.open_model(str(small))
+    folder = quant_lab.open_model(quant_lab.Options(model=str(small)))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / quant_lab.BASELINE).symlink_to(small)
     lab = quant_lab.Lab(options, torch.device("cpu"), {}, {}, tmp_path, *folder[:2],
@@ -97,7 +97,7 @@ def test_completion_is_plain_greedy_whatever_the_model_prefers(small, tmp_path):
 
 def test_length_is_forced_past_the_end_of_sequence(small):
     """A model that wants to end at once is timed on exactly the tokens asked for."""
-    folder, tokenizer, _ = quant_lab.open_model(str(small))
+    folder, tokenizer, _ = quant_lab.open_model(quant_lab.Options(model=str(small)))
     model = quant_lab.load_model(folder, quant_lab.Options(dtype="float32"))
     end, calls = tokenizer.eos_token_id, []
 

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,10 +27,10 @@ def strict(file):
     return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def run_process(*words, **environment):
+def run_process(*words, folder=ROOT, **environment):
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True,
-        env={**os.environ, **environment}, stdin=subprocess.DEVNULL)
+        env={**os.environ, **environment}, stdin=subprocess.DEVNULL, cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,8 @@ def test_demo_gives_four_rows(demo):
     assert {"created", "command", "config", "machine", "versions"} <= set(results)
     assert {"device", "name", "compute_capability", "memory_bytes", "driver"} == set(
         results["machine"])
-    assert {"python", "torch", "transformers", "llmcompressor", "compressed_tensors"} <= set(
-        results["versions"])
+    assert {"python", "torch", "transformers", "llmcompressor",
+            "compressed_tensors"} <= set(results["versions"])
     for label, row in zip(LABELS, results["variants"]):
         assert (row["label"], row["status"], row["error"]) == (label, "ok", None)
         assert row["rtn_fallbacks"] == 0 and row["tokens_scored"] % 511 == 0
@@ -73,7 +75,8 @@ def test_sizes_are_those_of_the_tensors(demo):
         assert row["weight_bytes"] == counted == file.stat().st_size
         assert sum(sizes.values()) == expected_bytes(config, row["label"])
         assert "lm_head.weight" not in sizes, "the tied embedding is stored once"
-        assert row["size_ratio"] == row["weight_bytes"] / results["variants"][0]["weight_bytes"]
+        base = results["variants"][0]["weight_bytes"]
+        assert row["size_ratio"] == row["weight_bytes"] / base
 
 
 def test_checkpoints_say_what_they_are(demo):
@@ -169,7 +172,7 @@ def lab(quick, tmp_path):
         device = torch.device("cpu")
         machine = quant_lab.describe_machine(device)
         output = quant_lab.prepare_output(options, machine)
-        folder, tokenizer, context = quant_lab.open_model(options.model)
+        folder, tokenizer, context = quant_lab.open_model(options)
         return quant_lab.Lab(
             options, device, machine, quant_lab.list_versions(), output, folder, tokenizer,
             quant_lab.load_evaluation(options, tokenizer, context),
@@ -260,6 +263,68 @@ def test_rows_of_other_variants_stay(lab):
     assert rows[1]["size_ratio"] == rows[1]["weight_bytes"] / rows[0]["weight_bytes"]
 
 
+def test_a_run_without_calibration_keeps_calibrated_rows(run_script, quick, tmp_path):
+    assert run_script(*quick).code == 0
+    before = strict(tmp_path / "out" / "results.json")["variants"]
+    again = run_script(*quick, "--variants", LABELS[0])
+    assert again.code == 0 and again.out.count("finished before") == 1
+    assert strict(tmp_path / "out" / "results.json")["variants"] == before
+
+
+def test_an_interrupt_says_how_to_go_on(quick, tmp_path):
+    words = [sys.executable, str(SCRIPT), *map(str, quick), "--repeats", "100000"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True) as process:
+        for line in process.stdout:
+            if line.strip().endswith("MB"):  # The baseline is saved, its timing begins.
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "run again" in out and err == ""
+    assert (tmp_path / "out" / "checkpoints" / LABELS[0] / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", [
+    "[]", '{"variants": "abc"}', '{"variants": null}', '{"variants": [1, {}, []]}',
+    '{"variants": [{"status": "ok", "fingerprint": []}]}', "[" * 100_000, "\x00", "NaN"])
+def test_spoilt_results_are_measured_again(lab, text):
+    wanted = quant_lab.run_lab(lab("--variants", LABELS[0]), [])["variants"][0]
+    (lab().output / "results.json").write_text(text)
+    row, = quant_lab.run_lab(lab("--variants", LABELS[0]), [])["variants"]
+    assert (row["status"], row["perplexity"]) == ("ok", wanted["perplexity"])
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "model.safetensors").unlink(),
+    lambda folder: (folder / "model.safetensors").write_bytes(b"cut off"),
+    lambda folder: (folder / "quant_lab.json").write_text("{"),
+    lambda folder: (folder / "quant_lab.json").unlink()])
+def test_spoilt_checkpoints_are_made_again(lab, monkeypatch, spoil):
+    wanted = quant_lab.run_lab(lab("--variants", *LABELS[:2]), [])["variants"]
+    spoil(lab().output / "checkpoints" / LABELS[1])
+    made = count_calls(monkeypatch, "quantize_variant")
+    rows = quant_lab.run_lab(lab("--variants", *LABELS[:2]), [])["variants"]
+    assert [call[0] for call in made] == [LABELS[1]] and rows[0] == wanted[0]
+    assert rows[1]["perplexity"] == wanted[1]["perplexity"]
+
+
+def test_a_recipe_that_quantizes_nothing_fails(lab, monkeypatch):
+    nothing = quant_lab.Variant("FP8_DYNAMIC", lambda m, o: [
+        m.QuantizationModifier(scheme="FP8_DYNAMIC", targets="Conv2d")])
+    monkeypatch.setitem(quant_lab.VARIANTS, LABELS[1], nothing)
+    row, = quant_lab.run_lab(lab("--variants", LABELS[1]), [])["variants"]
+    assert row["status"] == "failed" and row["error"]
+    assert not (lab().output / "checkpoints" / LABELS[1]).exists()
+
+
+def test_sampling_defaults_without_sampling_do_not_stop_the_lab(lab, small, tmp_path):
+    """Older chat models ship a temperature without do_sample, which cannot be saved."""
+    folder = shutil.copytree(small, tmp_path / "old")
+    (folder / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    row, = quant_lab.run_lab(lab("--model", folder, "--variants", LABELS[0]), [])["variants"]
+    assert row["status"] == "ok", row["error"]
+
+
 @pytest.mark.parametrize("error, says", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "9 GiB"),
     (NotImplementedError("no kernel image for this device"), "no kernel image"),
@@ -333,11 +398,12 @@ def test_fallbacks_to_rounding_are_counted(lab, tmp_path):
 
 def test_committed_results_are_those_of_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for file in sorted((ROOT / "results").glob("*/results.json")):
-        results = strict(file)
+    for folder in (ROOT / "results" / "demo-cpu", ROOT / "results" / "h100-0.5b"):
+        results = strict(folder / "results.json")
+        summary = (folder / "summary.md").read_text(encoding="utf-8")
+        assert summary == quant_lab.render_summary(results)
         table = quant_lab.render_table(results["variants"])
-        assert table in (file.parent / "summary.md").read_text(encoding="utf-8")
-        assert table in readme, f"README.md does not show {file.parent.name} as it is"
+        assert table in readme, f"README.md does not show {folder.name} as it is"
 
 
 def make_hub(folder: Path):
@@ -379,12 +445,12 @@ def make_hub(folder: Path):
 
 def test_default_route_from_the_hub_and_again_from_the_cache(tmp_path):
     repos, lines = make_hub(tmp_path / "hub")
-    home = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
-    words = ["--device", "cpu", "--output-dir", tmp_path / "out"]
+    home = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0", folder=tmp_path)
     with serve(repos) as hub:
-        done = run_process(*words, HF_ENDPOINT=hub.url, **home)
+        done = run_process("--device", "cpu", HF_ENDPOINT=hub.url, **home)
         assert done.returncode == 0, done.stdout + done.stderr
-    results = strict(tmp_path / "out" / "results.json")
+    output = tmp_path / "results" / "Qwen2.5-0.5B-Instruct-cpu"
+    results = strict(output / "results.json")
     assert [row["status"] for row in results["variants"]] == ["ok"] * 4
     assert results["config"]["calibration_samples"] == 256 and "256 chats" in done.stdout
     from transformers import AutoTokenizer
@@ -399,8 +465,8 @@ def test_default_route_from_the_hub_and_again_from_the_cache(tmp_path):
         "test-0.parquet", "train_sft-0.parquet"}
     chats = repos["datasets/HuggingFaceH4/ultrachat_200k"] / "data" / "train_sft-0.parquet"
     assert sent["train_sft-0.parquet"] < chats.stat().st_size / 2, "the chats are streamed"
-    again = run_process(*words, "--fresh", "--variants", LABELS[2], HF_ENDPOINT=hub.url,
-                        **home)
+    again = run_process("--device", "cpu", "--fresh", "--variants", LABELS[2],
+                        HF_ENDPOINT=hub.url, **home)
     assert again.returncode == 0, again.stdout + again.stderr
-    row = strict(tmp_path / "out" / "results.json")["variants"][0]
+    row = strict(output / "results.json")["variants"][0]
     assert row["perplexity"] == results["variants"][2]["perplexity"]

@@ -68,8 +68,17 @@ def test_a_notebook_reads_the_environment_instead_of_the_kernels_words(monkeypat
     assert quant_lab.read_words() == ["--demo", "--eval-text", "my text.txt"]
     monkeypatch.delattr(quant_lab, "__file__")
     assert quant_lab.read_words() == ["--demo", "--eval-text", "my text.txt"]
+    monkeypatch.setenv("QUANT_LAB_ARGS", '--model "open')
+    with pytest.raises(SystemExit):
+        quant_lab.read_words()
     monkeypatch.delenv("QUANT_LAB_ARGS")
     assert quant_lab.read_words() == []
+    monkeypatch.setenv("QUANT_LAB_ARGS", "--demo")
+    monkeypatch.setattr(quant_lab, "__file__", str(SCRIPT), raising=False)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert quant_lab.read_words() == []
+    monkeypatch.setitem(sys.modules, "IPython", sys)  # As under %run.
+    assert quant_lab.read_words() == ["--demo"]
 
 
 def test_a_script_reads_its_own_words(monkeypatch):
@@ -119,6 +128,7 @@ def test_no_gpu(run_script, words, tmp_path, monkeypatch):
 def test_model_that_is_not_there(run_script, quick):
     refused(run_script(*quick, "--model", "no/such-model"), "--model no/such-model")
     refused(run_script(*quick, "--model", "./no/such/folder"), "./no/such/folder")
+    refused(run_script(*quick, "--model", "x" * 300), "--model xxx")
 
 
 def damage_no_weights(folder):
@@ -152,8 +162,26 @@ def damage_already_quantized(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def damage_missing_shard(folder):
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def damage_template_that_raises(folder):
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
+
+
+def damage_remote_code(folder):
+    code = f"open({str(folder / 'ran')!r}, 'w')\n"
+    (folder / "conf.py").write_text(code)
+    (folder / "config.json").write_text(json.dumps(
+        {"model_type": "unheard-of", "auto_map": {"AutoConfig": "conf.Config"}}))
+
+
 @pytest.mark.parametrize("damage, says", [
     (damage_no_weights, "safetensors"), (damage_half_the_weights, "Safetensor"),
+    (damage_missing_shard, "00002-of-00002"), (damage_remote_code, "--model"),
+    (damage_template_that_raises, "no users here"),
     (damage_no_config, "--model"), (damage_not_causal, "--model"),
     (damage_no_tokenizer, "--model"), (damage_no_template, "chat template"),
     (damage_already_quantized, "quantized already")])
@@ -161,6 +189,7 @@ def test_model_folder_that_cannot_be_used(run_script, quick, small, tmp_path, da
     shutil.copytree(small, tmp_path / "model")
     damage(tmp_path / "model")
     refused(run_script(*quick, "--model", tmp_path / "model"), tmp_path / "model", says)
+    assert not (tmp_path / "model" / "ran").exists(), "code of the model has run"
 
 
 @pytest.mark.parametrize("content, says", [
@@ -176,7 +205,7 @@ def test_chat_file_that_cannot_be_used(run_script, quick, tmp_path, content, say
     file = tmp_path / "bad.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(run_script(*quick, "--calibration-data", file), file, says)
-    assert not list((tmp_path / "out" / "checkpoints").iterdir())
+    assert not (tmp_path / "out").exists(), "a refused run leaves nothing"
 
 
 def test_files_that_are_not_there(run_script, quick, tmp_path):
@@ -193,8 +222,10 @@ def test_text_shorter_than_a_window(run_script, quick, tmp_path):
 
 
 def test_window_past_the_context(run_script, quick, tmp_path):
-    folder = make_small(tmp_path / "model", hidden=128, max_position_embeddings=32)
-    refused(run_script(*quick, "--model", folder), "--window 64", "32")
+    folder = make_small(tmp_path / "model", hidden=128, max_position_embeddings=30)
+    refused(run_script(*quick, "--model", folder), "--new-tokens 4", "30")
+    folder = make_small(tmp_path / "longer", hidden=128, max_position_embeddings=50)
+    refused(run_script(*quick, "--model", folder), "--window 64", "50")
 
 
 def test_hub_that_cannot_be_reached(run_script, quick, monkeypatch, tmp_path):
@@ -209,7 +240,7 @@ def test_hub_that_cannot_be_reached(run_script, quick, monkeypatch, tmp_path):
 
 def test_output_that_cannot_be_written(run_script, quick, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", "~nobody-of-that-name"):
         refused(run_script(*quick, "--output-dir", folder), "--output-dir", folder)
 
 
@@ -220,14 +251,15 @@ def test_help_is_the_title_and_names_every_option(run_script):
         assert f"--{name.replace('_', '-')} " in run.out
 
 
-def test_calibration_is_shuffled_templated_cut_and_counted(small, texts, capsys):
-    _, tokenizer, _ = quant_lab.open_model(str(small))
+def test_calibration_is_shuffled_templated_cut_and_counted(
+        small, texts, tmp_path, capsys):
+    _, tokenizer, _ = quant_lab.open_model(quant_lab.Options(model=str(small)))
     chats = [json.loads(line)["messages"]
              for line in (texts / "chats.jsonl").read_text().split("\n")]
 
     def load(**changes):
-        return quant_lab.load_calibration(quant_lab.Options(
-            calibration_data=str(texts / "chats.jsonl"), **changes), tokenizer, 2048)
+        changes = {"calibration_data": str(texts / "chats.jsonl"), **changes}
+        return quant_lab.load_calibration(quant_lab.Options(**changes), tokenizer, 2048)
 
     samples = load(calibration_samples=5, calibration_length=50)
     assert "5 chats" in capsys.readouterr().out
@@ -239,6 +271,10 @@ def test_calibration_is_shuffled_templated_cut_and_counted(small, texts, capsys)
     assert all(len(sample) == 50 for sample in samples)
     assert samples == load(calibration_samples=5, calibration_length=50)
     assert samples != load(calibration_samples=5, calibration_length=50, seed=1)
+    marked = (texts / "chats.jsonl").read_text(encoding="utf-8").encode("utf-8-sig")
+    (tmp_path / "marked.jsonl").write_bytes(marked.replace(b"\n", b"\r\n"))
+    assert load(calibration_data=str(tmp_path / "marked.jsonl")) == load()
+    capsys.readouterr()
     whole = load(calibration_length=2000)
     said = capsys.readouterr().out
     assert len(whole) == 12 and "12 chats" in said and "256 asked for" in said
