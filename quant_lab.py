@@ -51,6 +51,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -656,15 +657,15 @@ def quantize_variant(label: str, key: str, lab: Lab) -> None:
         model.generation_config.validate(strict=True)
     except ValueError:  # Older models set a temperature without asking to sample.
         model.generation_config.do_sample = True
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    lab.tokenizer.save_pretrained(partial)
-    write_json(partial / "quant_lab.json", dict(
+    beside = folder.with_suffix(".partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    lab.tokenizer.save_pretrained(beside)
+    write_json(beside / "quant_lab.json", dict(
         fingerprint=key, quantize_seconds=seconds, rtn_fallbacks=fallbacks,
-        weight_bytes=sum(f.stat().st_size for f in partial.glob("*.safetensors"))))
+        weight_bytes=sum(f.stat().st_size for f in beside.glob("*.safetensors"))))
     shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    beside.rename(folder)
 
 # %% [markdown]
 """
@@ -883,8 +884,8 @@ if __name__ == "__main__":
 """
 ## Report
 
-The table is one rendering of the rows of `results.json`, on the terminal and in
-`summary.md`. A dash means: not measured.
+One rendering of `results.json`, printed and written to `summary.md`. A dash means: not
+measured.
 """
 
 
@@ -940,33 +941,29 @@ def render_notes(results: dict) -> list[str]:
 
 # %%
 def render_summary(results: dict) -> str:
-    """summary.md: machine, table, notes, completions, versions and the command."""
+    """summary.md: machine, table, notes, completions, the command and the versions."""
     machine, rows = results["machine"], results["variants"]
+    fill = partial(textwrap.fill, width=110, break_on_hyphens=False)
     lines = [f"# quant_lab: {results['config']['model']}", "",
              f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB. "
              f"{results['created']}.", "", render_table(rows), "",
-             *(f"- {note}" for note in render_notes(results)), "",
-             f"## Greedy completions of: {PROMPT}", ""]
-    for row in rows:
-        text = plain(row["sample"]["completion"]) if row["sample"] else "failed"
-        text = text.replace("```", "'''")
-        lines += [f"{row['label']}:", "", "```text", text, "```", ""]
+             *(fill("- " + n, subsequent_indent="  ") for n in render_notes(results)),
+             "", f"## Greedy completions of: {PROMPT}", ""]
+    for row in filter(lambda row: row["sample"], rows):
+        text = fill(plain(row["sample"]["completion"]), initial_indent="    ",
+                    subsequent_indent="    ")
+        lines += [f"{row['label']}:", "", text or "    (nothing)", ""]
     versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
-    lines += ["## Command", "", "```text", shlex.join(results["command"]), "```", "",
-              versions, ""]
+    lines += ["## Made with", "", "    " + shlex.join(results["command"]), "",
+              fill(versions), ""]
     return "\n".join(lines)
 
 
 # %%
 if __name__ == "__main__":
-    (OUTPUT / "summary.md").write_text(render_summary(RESULTS), encoding="utf-8")
-    print("\n" + render_table(RESULTS["variants"]) + "\n")
-    for note in render_notes(RESULTS):
-        print(textwrap.fill(note, 110, subsequent_indent="  "))
-    print(f"\nGreedy completions of: {PROMPT}")
-    for row in filter(lambda row: row["sample"], RESULTS["variants"]):
-        text = f"{row['label']}: {plain(row['sample']['completion'])}"
-        print(textwrap.fill(text, 110, initial_indent="  ", subsequent_indent="    "))
-    print(f"\nwrote results.json, summary.md, log.txt and checkpoints/ in {OUTPUT}")
+    SUMMARY = render_summary(RESULTS)
+    (OUTPUT / "summary.md").write_text(SUMMARY, encoding="utf-8")
+    print("\n" + SUMMARY)
+    print(f"wrote results.json, summary.md, log.txt and checkpoints/ in {OUTPUT}")
     if any(row["status"] == "failed" for row in RESULTS["variants"]):
         sys.exit(1)
