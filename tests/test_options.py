@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,23 @@ def test_no_gpu(run_script, words, tmp_path, monkeypatch):
     run = run_script(*words)
     refused(run, "Colab", "T4", "--demo", lines=3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_t4_stays_float16_and_off_triton(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    for name in ("LLMCOMPRESSOR_DISABLE_GPTQ_TRITON", "CT_ENFORCE_EAGER"):
+        monkeypatch.setenv(name, "")
+    device, _ = quant_lab.choose_device(quant_lab.Options())
+    assert device.type == "cuda" and quant_lab.Options().dtype == "float16"
+    assert os.environ["LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"] == "1"
+    assert os.environ["CT_ENFORCE_EAGER"] == "1"
+    with pytest.raises(SystemExit):
+        quant_lab.choose_device(quant_lab.Options(dtype="bfloat16"))
+    assert "--dtype bfloat16" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert quant_lab.choose_device(quant_lab.Options(dtype="bfloat16"))[0].type == "cuda"
+    assert quant_lab.choose_device(quant_lab.Options(device="cpu"))[0].type == "cpu"
 
 
 def test_model_that_is_not_there(run_script, quick):
