@@ -232,7 +232,8 @@ def parse_options(words: list[str]) -> Options:
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # A completion may be in any script.
-    OPTIONS = parse_options(read_words())
+    WORDS = read_words()
+    OPTIONS = parse_options(WORDS)
 
 # %% [markdown]
 """
@@ -373,7 +374,8 @@ def open_model(options: Options) -> tuple[Path, object, int]:
         if not tokenizer.chat_template:
             raise ValueError("has no chat template, give an instruct model or add one")
         prompt = len(tokenize_prompt(tokenizer)["input_ids"][0])
-    context = getattr(config.get_text_config(), "max_position_embeddings", 2**31)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context or 2**31
     if prompt + options.new_tokens > context:
         stop(f"--new-tokens {options.new_tokens}: with the prompt, {prompt}, over the "
              f"model's context of {context}; choose fewer")
@@ -630,10 +632,14 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
 
 
 # %%
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors of a checkpoint."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def read_checkpoint(folder: Path, key: str) -> dict | None:
     """What is known of a checkpoint, or None unless it is whole and has this key."""
-    note = read_json(folder / "quant_lab.json")
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    note, size = read_json(folder / "quant_lab.json"), weight_bytes(folder)
     whole = note.get("fingerprint") == key and note.get("weight_bytes") == size
     return dict(checkpoint=f"checkpoints/{folder.name}", weight_bytes=size,
                 quantize_seconds=note["quantize_seconds"],
@@ -663,7 +669,7 @@ def quantize_variant(label: str, key: str, lab: Lab) -> None:
     lab.tokenizer.save_pretrained(beside)
     write_json(beside / "quant_lab.json", dict(
         fingerprint=key, quantize_seconds=seconds, rtn_fallbacks=fallbacks,
-        weight_bytes=sum(f.stat().st_size for f in beside.glob("*.safetensors"))))
+        weight_bytes=weight_bytes(beside)))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
@@ -875,7 +881,7 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
 # %%
 if __name__ == "__main__":
     try:
-        RESULTS = run_lab(LAB, read_words())
+        RESULTS = run_lab(LAB, WORDS)
     except KeyboardInterrupt:
         print("\ninterrupted; run again to go on, what is finished is kept")
         sys.exit(130)

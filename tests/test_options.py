@@ -246,6 +246,15 @@ def test_window_past_the_context(run_script, quick, tmp_path):
     refused(run_script(*quick, "--model", folder), "--window 64", "50")
 
 
+def test_a_model_without_a_context_length_has_no_limit(small, tmp_path):
+    """Bloom's position encoding (ALiBi) has none, nor has its config."""
+    shutil.copytree(small, tmp_path / "open")
+    (tmp_path / "open" / "config.json").write_text(
+        '{"model_type": "bloom", "hidden_size": 64, "n_layer": 1, "n_head": 2}')
+    options = quant_lab.Options(model=str(tmp_path / "open"))
+    assert quant_lab.open_model(options)[2] >= 2**31
+
+
 def test_hub_that_cannot_be_reached(run_script, quick, monkeypatch, tmp_path):
     import datasets.config
 
