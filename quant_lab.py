@@ -12,14 +12,15 @@
 
 **What is measured.** A causal language model in float16 and three compressed-tensors
 checkpoints of it made by llmcompressor (FP8 dynamic, GPTQ W4A16, SmoothQuant + GPTQ
-W8A8): bytes on disk, seconds to quantize, perplexity, latency, tokens per second.
+W8A8): bytes on disk; perplexity, KL divergence from the unquantized model, agreement
+with it; seconds to quantize, latency, tokens per second.
 
 **Why.** A recipe's name does not tell what it costs in quality or buys in bytes and
 time *on your model and your GPU*. Every variant, the baseline included, goes through
 the same functions, and each is benchmarked on a fresh load from disk.
 
-**What comes out.** One table on the terminal; `results.json`, `summary.md` and the
-checkpoints in the output folder.
+**What comes out.** Tables and a verdict on the terminal; `results.json`, `summary.md`
+and the checkpoints in the output folder.
 
     python quant_lab.py                        the four variants, on a GPU
     python quant_lab.py --demo                 the same code, any machine, two minutes
@@ -44,6 +45,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 import traceback
@@ -51,8 +53,8 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import partial
-from itertools import islice
+from functools import cache, partial
+from itertools import islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +81,8 @@ stay 16-bit.
   one scale per output channel. Activations: 8-bit integers, one scale per token.
   INT8 units from SM 7.5 (T4). `actorder=None`, since the default writes a key into the
   checkpoint that the compressed-tensors of vLLM 0.20 to 0.22 rejects for W8A8.
+- **RTN W4A16**, the control: the format of GPTQ W4A16, each weight rounded to nearest,
+  no calibration. What GPTQ buys is the difference. Runs only if `--variants` names it.
 """
 
 
@@ -105,8 +109,10 @@ VARIANTS = {
         m.GPTQModifier(scheme="W8A8", dampening_frac=o.dampening, actorder=None,
                        **LINEAR)],
         calibrated=True),
+    "rtn_w4a16": Variant("W4A16", lambda m, o: [
+        m.QuantizationModifier(scheme="W4A16", **LINEAR)]),
 }
-BASELINE = "00_fp16_baseline"
+BASELINE, CONTROL = "00_fp16_baseline", "rtn_w4a16"
 
 # %% [markdown]
 """
@@ -121,7 +127,16 @@ defaults. In a notebook, put the same words into the environment variable
 # %%
 ULTRACHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k", "Salesforce/wikitext"
 PYTHON_HELP = "pydoc_data.topics"
-PROMPT = "What is a dictionary in Python? Answer in two sentences."
+PROMPTS = (
+    "What is a dictionary in Python? Answer in two sentences.",
+    "A train covers 60 km in 45 minutes. What is its average speed in km/h?",
+    "Write a Python function that reverses the order of the words in a string.",
+    "Translate into French: The library opens at nine and closes at noon.",
+    "Summarize in one sentence: Bees carry pollen between flowers; so seeds can grow.",
+    "List five things to pack for a day in the mountains.",
+    "Which planet of the solar system has the shortest day?",
+    "Name three primary colors as a JSON array of strings, and write nothing else.",
+)
 
 
 def option(default, remark: str, low=None, high=math.inf, choices=None):
@@ -135,7 +150,8 @@ class Options:
     """What can be changed, and when to."""
 
     model: str = option("Qwen/Qwen2.5-0.5B-Instruct", "hub id or folder of a causal LM")
-    variants: tuple = option(tuple(VARIANTS), "fewer for a quick look")
+    variants: tuple = option(tuple(v for v in VARIANTS if v != CONTROL),
+                             f"fewer for a quick look; {CONTROL} as a control")
     output_dir: str = option("", "where to write, if not results/<model>-<device>")
     calibration_data: str = option(
         ULTRACHAT, 'a .jsonl of {"messages": [...]} closer to your traffic')
@@ -144,9 +160,10 @@ class Options:
     eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
     window: int = option(2048, "tokens; 2048 compares with papers", 2)
     max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
+    kld_tokens: int = option(8192, "more for a narrower interval; they fill a file", 1)
     dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
     smoothing_strength: float = option(0.8, "less leaves more to activations", 0, 1)
-    new_tokens: int = option(64, "length of the timed completion", 2)
+    new_tokens: int = option(64, "length of the completions", 2)
     repeats: int = option(5, "more if the range of the timings is wide", 1)
     dtype: str = option("float16", "bfloat16 or float32 if float16 overflows",
                         choices=("float16", "bfloat16", "float32"))
@@ -206,16 +223,13 @@ def parse_options(words: list[str]) -> Options:
     parser.error = lambda message: stop(f"{message}; --help lists the options")
     flags = {f: "--" + f.name.replace("_", "-") for f in fields(Options)}
     for f, flag in flags.items():
-        kind = type(f.default)
-        how = dict(action="store_true") if kind is bool else dict(
-            type=str if kind is tuple else kind, nargs="+" if kind is tuple else None,
-            choices=f.metadata["choices"])
-        shown = " ".join(f.default) if kind is tuple else f.default
-        parser.add_argument(
-            flag, default=argparse.SUPPRESS, **how, help=f.metadata["remark"]
-            + ("" if shown in ("", False) else f" [{shown}]"))
-    given = vars(parser.parse_args(words))
-    options = replace(Options(), **{**(DEMO if "demo" in given else {}), **given})
+        kind, shown = type(f.default), f.default != "" and type(f.default) is not bool
+        how = dict(action="store_true") if kind is bool else dict(nargs="+") if (
+            kind is tuple) else dict(type=kind, choices=f.metadata["choices"])
+        parser.add_argument(flag, default=f.default, **how, help=f.metadata["remark"]
+                            + (" [%(default)s]" if shown else ""))
+    parser.set_defaults(**(DEMO if "--demo" in words else {}))
+    options = Options(**vars(parser.parse_args(words)))
     asked = [label for word in options.variants for label in word.split(",")]
     if unknown := [label for label in asked if label not in VARIANTS]:
         stop(f"--variants {unknown[0]!r}: choose from {', '.join(VARIANTS)}")
@@ -320,9 +334,8 @@ if __name__ == "__main__":
 ## Model and text
 
 From the hub comes only what is needed: the model's safetensors and tokenizer, the test
-split of WikiText, and the beginning of UltraChat as a stream, four times as many
-conversations as asked for to draw from (the whole is over a gigabyte). The caches of
-the hub and of `datasets` keep it: a second run needs no network.
+split of WikiText, and of UltraChat (over a gigabyte) the beginning as a stream, four
+times as many chats as asked for to draw from. A second run finds it all in the caches.
 
 Recipes look at *calibration* text, chats in the model's own template, shuffled with the
 seed and cut to a length. Quality is scored on *evaluation* text. The demo takes both
@@ -373,19 +386,19 @@ def open_model(options: Options) -> tuple[Path, object, int]:
             raise ValueError("is quantized already, give the model it was made from")
         if not tokenizer.chat_template:
             raise ValueError("has no chat template, give an instruct model or add one")
-        prompt = len(tokenize_prompt(tokenizer)["input_ids"][0])
+        prompt = max(tokenize_prompt(tokenizer, p).input_ids.shape[1] for p in PROMPTS)
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     context = context or 2**31
     if prompt + options.new_tokens > context:
-        stop(f"--new-tokens {options.new_tokens}: with the prompt, {prompt}, over the "
-             f"model's context of {context}; choose fewer")
+        stop(f"--new-tokens {options.new_tokens}: with the longest prompt, {prompt}, "
+             f"over the model's context of {context}; choose fewer")
     return folder, tokenizer, context
 
 
-def tokenize_prompt(tokenizer) -> dict[str, torch.Tensor]:
-    """PROMPT in the chat template: input_ids and attention_mask, each [1, n]."""
+def tokenize_prompt(tokenizer, prompt: str) -> dict[str, torch.Tensor]:
+    """A prompt in the chat template: input_ids and attention_mask, each [1, n]."""
     return tokenizer.apply_chat_template(
-        [dict(role="user", content=PROMPT)], add_generation_prompt=True,
+        [dict(role="user", content=prompt)], add_generation_prompt=True,
         return_tensors="pt", return_dict=True)
 
 
@@ -534,8 +547,7 @@ if __name__ == "__main__":
 llmcompressor's six beats: model in float16, calibration data, recipe, `oneshot`, save
 compressed, tokenizer beside it. The baseline goes the same way with an empty recipe, so
 one writer writes all the bytes that are compared. A checkpoint is written beside its
-place and renamed when complete; it carries a fingerprint of all that shaped it and is
-used again only under the same one.
+place and renamed when complete, and used again only if nothing that shaped it changed.
 
 GPTQ inverts one matrix per layer. Where that fails, llmcompressor rounds the layer to
 nearest instead and says so in one line of its log: that line is counted here.
@@ -577,6 +589,9 @@ def load_model(folder: Path, options: Options):
     """A causal LM in eval mode on the CPU; ValueError if weights are missing."""
     from transformers import AutoModelForCausalLM
 
+    gc.collect()  # The model before is in reference cycles.
+    with contextlib.suppress(RuntimeError):  # Said in the row, if the GPU is lost.
+        torch.cuda.empty_cache()
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, options.dtype), attn_implementation="sdpa",
         output_loading_info=True, trust_remote_code=False)
@@ -675,45 +690,180 @@ def quantize_variant(label: str, key: str, lab: Lab) -> None:
 
 # %% [markdown]
 """
-## Measure
+## Measure quality
 
 **Perplexity**, as in the GPTQ paper: the text is tokenized once and cut into windows of
-`--window` tokens that do not overlap; in each, every token but the first is scored, and
-perplexity is e to the mean negative log-likelihood. What is left after the last whole
-window is not scored. It compares only with figures of the same text, window and
-tokenizer.
+`--window` tokens that do not overlap; in each, every token but the first is scored; a
+rest shorter than a window is not. Perplexity is e to the mean negative log-likelihood.
+It compares only with figures of the same text, window and tokenizer.
 
-**Speed**, for one sequence: greedy completion of a chat prompt, forced to exactly
-`--new-tokens` tokens, the model's sampling defaults put aside; eager, dynamic cache.
-One warm-up, then `--repeats` runs, the device synchronized before each reading of the
-clock. Latency is the whole completion; tokens/s counts what follows the first token.
-Plain transformers unpacks a compressed checkpoint on its first forward and simulates
-the rounding of activations: quality is that of the format, speed is not. `runs_as`
-says so.
+**Ratio, KL divergence, same top token, first difference** hold a variant against the
+*reference*: the model as it came, in `--dtype`, measured once before the first variant.
+The baseline, loaded anew, is held against it too: what differs there is noise. KL
+divergence, from the reference's next-token distribution to the variant's, needs the
+logits of both for the same tokens. So that two models never have to fit at once, the
+reference's wait in a temporary file of at most 5 GB: those of `--kld-tokens` scored
+positions, spread evenly over the text.
+
+**Intervals** (95 %) treat windows as independent, not tokens: neighbours err together,
+and counting tokens would make the intervals too narrow. The ratio is taken window by
+window, so that what makes a text hard for both models cancels. An interval speaks for
+the choice of text; other calibration chats, seeds or tasks it does not cover.
 """
 
 
 # %%
+LOGITS_FILE_BYTES = 5e9
+
+
 @torch.no_grad()
-def measure_perplexity(model, ids: torch.Tensor, window: int, max_windows: int) -> dict:
-    """Perplexity of token ids [n], and how many tokens were scored.
+def score_text(model, ids: torch.Tensor, options: Options, visit) -> torch.Tensor:
+    """Negative log-likelihoods [windows, window - 1] in nats of the token ids [n].
 
-    Source: https://arxiv.org/abs/2210.17323. Raises FloatingPointError if not finite.
+    Calls `visit(window's number, logits [k, vocabulary])` with those to be compared.
+    Raises FloatingPointError for logits that are not finite.
+    Source of the protocol: https://arxiv.org/abs/2210.17323
     """
-    total, scored = 0.0, 0
+    window = options.window
     windows = ids[: len(ids) // window * window].view(-1, window)
-    for row in windows[: max_windows or None].to(model.device):
+    windows = windows[: options.max_windows or None].to(model.device)
+    losses = torch.zeros(len(windows), window - 1)
+    compared = torch.zeros_like(losses, dtype=torch.bool)
+    for number, row in enumerate(windows):
         logits = model(row[None], use_cache=False).logits[0, :-1]
+        if number == 0:
+            fit = int(LOGITS_FILE_BYTES // logits[0].nbytes)
+            count = min(options.kld_tokens, fit, losses.numel())
+            compared.view(-1)[torch.arange(count) * losses.numel() // count] = True
         # In slices, since 2,048 x 151,936 logits take 1.2 GB in float32.
-        for part, target in zip(logits.split(256), row[1:].split(256)):
-            total += F.cross_entropy(part.float(), target, reduction="sum").item()
-        scored += window - 1
-        if not math.isfinite(total):
-            raise FloatingPointError("logits are not finite, in float16 mostly by "
-                                     "overflow: try --dtype bfloat16 or float32")
-    return dict(perplexity=math.exp(total / scored), tokens_scored=scored)
+        for begin in range(0, window - 1, 128):
+            part, here = logits[begin : begin + 128], slice(begin, begin + 128)
+            if not part.isfinite().all():
+                raise FloatingPointError("logits are not finite, in float16 mostly by "
+                                         "overflow: try --dtype bfloat16 or float32")
+            losses[number, here] = F.cross_entropy(
+                part.float(), row[1:][here], reduction="none")
+            if (chosen := compared[number, here]).any():
+                visit(number, part[chosen.to(part.device)])
+    return losses.double()
 
 
+# %%
+def complete_prompts(model, lab: Lab) -> list[list[int]]:
+    """Greedy completions of PROMPTS: token ids, at most --new-tokens each."""
+    completions = []
+    for prompt in PROMPTS:
+        inputs = tokenize_prompt(lab.tokenizer, prompt).to(lab.device)
+        tokens = model.generate(
+            **inputs, do_sample=False, max_new_tokens=lab.options.new_tokens)
+        completions.append(tokens[0, inputs["input_ids"].shape[1]:].tolist())
+    return completions
+
+
+def place_model(folder: Path, lab: Lab):
+    """A causal LM on the lab's device, its defaults for sampling put aside."""
+    from transformers import GenerationConfig
+
+    model = load_model(folder, lab.options).to(lab.device)
+    # A new object: whatever generate is not told comes from the model's own defaults.
+    model.generation_config = GenerationConfig(
+        eos_token_id=model.generation_config.eos_token_id or lab.tokenizer.eos_token_id,
+        pad_token_id=lab.tokenizer.pad_token_id or lab.tokenizer.eos_token_id)
+    return model
+
+
+def measure_reference(lab: Lab) -> SimpleNamespace:
+    """What the model as it came says, for all variants to be held against.
+
+    losses [windows, window - 1] in nats; logits [compared tokens, vocabulary] in the
+    model's dtype, as a file; completions. RuntimeError if that cannot be measured.
+    """
+    try:
+        model, file = place_model(lab.model, lab), tempfile.TemporaryFile()
+        losses = score_text(
+            model, lab.eval_ids, lab.options, lambda number, logits: file.write(
+                logits.cpu().view(torch.uint8).numpy().data))
+        return SimpleNamespace(
+            losses=losses, logits=file, completions=complete_prompts(model, lab))
+    except Exception as error:
+        raise RuntimeError(f"the unquantized model: {describe(error)}") from None
+
+
+# %%
+def estimate(values: torch.Tensor, windows: torch.Tensor, scale=float) -> dict:
+    """Mean of values [n] and its 95 % interval: value, low, high, put on a scale.
+
+    windows [n] tells which window each is from; of one alone, low and high are None.
+    The standard error is that of a ratio of sums over clusters (Cochran, Sampling
+    Techniques, 1977, section 6.3), Student's t a series (Abramowitz and Stegun 26.7.5).
+    """
+    mean, (_, places) = values.mean().item(), windows.unique(return_inverse=True)
+    sums = torch.zeros(int(places.max()) + 1, dtype=values.dtype)
+    sums.index_add_(0, places, values - mean)
+    if (freedom := len(sums) - 1) == 0:
+        return dict(value=scale(mean), low=None, high=None)
+    error = math.sqrt(sums.square().sum() * (1 + 1 / freedom)) / len(values)
+    t = sum(c / freedom**k for k, c in enumerate((1.960, 2.372, 2.822, 2.556, 1.589)))
+    return dict(value=scale(mean), low=scale(mean - t * error),
+                high=scale(mean + t * error))
+
+
+# %%
+def measure_quality(model, lab: Lab, reference: SimpleNamespace) -> dict:
+    """Perplexity, and what differs from the reference; see the text above.
+
+    KL divergence in nats, agreement of the most probable token in percent; per prompt
+    the tokens before the first difference, --new-tokens if there is none.
+    """
+    numbers, divergences, agreements = [], [], []
+
+    def compare(number, logits):
+        known = torch.frombuffer(bytearray(reference.logits.read(logits.nbytes)),
+                                 dtype=logits.dtype).view_as(logits).to(logits.device)
+        p, q = (F.log_softmax(x.double(), dim=-1) for x in (known, logits))
+        numbers.extend([number] * len(logits))
+        divergences.append((p.exp() * (p - q)).sum(-1).cpu())
+        agreements.append((known.argmax(-1) == logits.argmax(-1)).double().cpu())
+
+    reference.logits.seek(0)
+    losses = score_text(model, lab.eval_ids, lab.options, compare)
+    windows = torch.arange(len(losses)).repeat_interleave(losses.shape[1])
+    perplexity = estimate(losses.flatten(), windows, math.exp)
+    ratio = estimate((losses - reference.losses).flatten(), windows, math.exp)
+    windows, kld = torch.tensor(numbers), torch.cat(divergences)
+    spread = estimate(kld, windows, lambda x: max(x, 0.0))
+    top1 = estimate(torch.cat(agreements), windows, lambda x: min(100 * x, 100.0))
+    longest, completions = lab.options.new_tokens, []
+    for prompt, tokens, known in zip(
+            PROMPTS, complete_prompts(model, lab), reference.completions):
+        differ = [a != b for a, b in zip_longest(tokens, known)]
+        completions.append(dict(
+            prompt=prompt, same_tokens=differ.index(True) if any(differ) else longest,
+            completion=lab.tokenizer.decode(tokens, skip_special_tokens=True)))
+    same = estimate(torch.tensor([float(c["same_tokens"]) for c in completions]),
+                    torch.arange(len(PROMPTS)), lambda x: min(max(x, 0.0), longest))
+    return dict(
+        perplexity=perplexity["value"], perplexity_interval=perplexity,
+        perplexity_ratio=ratio, tokens_scored=losses.numel(),
+        window_losses=losses.mean(1).tolist(), top1_agreement=top1,
+        kld=dict(mean=spread.pop("value"), **spread, median=kld.quantile(0.5).item(),
+                 p99=kld.quantile(0.99).item(), tokens=len(kld)),
+        divergence=dict(mean=same.pop("value"), **same, completions=completions))
+
+# %% [markdown]
+"""
+## Measure speed
+
+For one sequence: greedy completion of a chat prompt, forced to exactly `--new-tokens`
+tokens, the model's sampling defaults put aside; eager, dynamic cache. One warm-up, then
+`--repeats` runs, the device synchronized before each reading of the clock. Latency is
+the whole completion; tokens/s counts what follows the first token. Plain transformers
+unpacks a compressed checkpoint on its first forward and simulates the rounding of
+activations: quality is that of the format, speed is not. `runs_as` says so.
+"""
+
+
+# %%
 @torch.no_grad()
 def measure_speed(model, prompt: dict, new_tokens: int, repeats: int) -> dict:
     """Seconds per completion of exactly `new_tokens`, tokens/s after the first one."""
@@ -749,29 +899,19 @@ def measure_speed(model, prompt: dict, new_tokens: int, repeats: int) -> dict:
 
 
 # %%
-def benchmark_variant(label: str, lab: Lab) -> dict:
-    """Perplexity, speed and a greedy completion of a checkpoint, loaded from disk."""
-    from transformers import GenerationConfig
-
-    options, tokenizer = lab.options, lab.tokenizer
-    model = load_model(lab.output / "checkpoints" / label, options).to(lab.device)
-    quality = measure_perplexity(
-        model, lab.eval_ids, options.window, options.max_windows)
-    # A new object: whatever generate is not told comes from the model's own defaults.
-    model.generation_config = GenerationConfig(
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id)
-    prompt = tokenize_prompt(tokenizer).to(lab.device)
+def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace) -> dict:
+    """Quality and speed of a checkpoint, loaded from disk."""
+    options = lab.options
+    model = place_model(lab.output / "checkpoints" / label, lab)
+    quality = measure_quality(model, lab, reference)
+    prompt = tokenize_prompt(lab.tokenizer, PROMPTS[0]).to(lab.device)
     speed = measure_speed(model, prompt, options.new_tokens, options.repeats)
-    tokens = model.generate(
-        **prompt, do_sample=False, max_new_tokens=options.new_tokens)
-    completion = tokens[0, prompt["input_ids"].shape[1]:]
     short = dict(float16="fp16", bfloat16="bf16", float32="fp32")[options.dtype]
+    first = quality["divergence"]["completions"][0]
     return dict(
         **quality, **speed,
         runs_as=short if label == BASELINE else f"dequantized to {short}",
-        sample=dict(prompt=PROMPT, completion=tokenizer.decode(
-            completion, skip_special_tokens=True)))
+        sample={name: first[name] for name in ("prompt", "completion")})
 
 # %% [markdown]
 """
@@ -787,8 +927,9 @@ shaped it has changed: options, model files, texts, versions, machine.
 # %%
 ROW = dict.fromkeys((
     "label", "status", "error", "scheme", "checkpoint", "weight_bytes", "size_ratio",
-    "quantize_seconds", "rtn_fallbacks", "perplexity", "tokens_scored", "latency_s",
-    "decode_tok_s", "runs_as", "sample", "fingerprint"))
+    "quantize_seconds", "rtn_fallbacks", "perplexity", "perplexity_interval",
+    "perplexity_ratio", "tokens_scored", "window_losses", "kld", "top1_agreement",
+    "divergence", "latency_s", "decode_tok_s", "runs_as", "sample", "fingerprint"))
 
 
 def make_keys(lab: Lab) -> dict[str, tuple[str, str]]:
@@ -798,8 +939,8 @@ def make_keys(lab: Lab) -> dict[str, tuple[str, str]]:
     common = hash_files(lab.model.iterdir()), lab.versions, machine, o.dtype, o.seed
     chats = (hash_files([Path(o.calibration_data).expanduser()]), o.calibration_data,
              o.calibration_samples, o.calibration_length)
-    measured = (lab.eval_ids.tolist(), o.window, o.max_windows, o.new_tokens, o.repeats,
-                PROMPT)
+    measured = (lab.eval_ids.tolist(), o.window, o.max_windows, o.kld_tokens,
+                o.new_tokens, o.repeats, PROMPTS)
     for label, variant in VARIANTS.items():
         made = fingerprint(common, label, repr(build_recipe(label, o)),
                            chats if variant.calibrated else None)
@@ -807,7 +948,7 @@ def make_keys(lab: Lab) -> dict[str, tuple[str, str]]:
     return keys
 
 
-def run_variant(label: str, keys: tuple[str, str], lab: Lab) -> dict:
+def run_variant(label: str, keys: tuple[str, str], lab: Lab, find_reference) -> dict:
     """The row of a variant; its status is "failed" if anything went wrong."""
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
                      fingerprint=keys[1])
@@ -817,31 +958,26 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab) -> dict:
             with chatter_to(log):
                 quantize_variant(label, keys[0], lab)
         row |= read_checkpoint(folder, keys[0])
-        print(f"      {row['weight_bytes'] / 1e6:,.1f} MB"
-              + (f", quantized in {row['quantize_seconds']:.1f} s"
-                 if label != BASELINE else ""), flush=True)
+        print(f"      {row['weight_bytes'] / 1e6:,.1f} MB, quantized in "
+              f"{row['quantize_seconds']:.1f} s", flush=True)
         with chatter_to(log):
-            row |= benchmark_variant(label, lab)
+            row |= benchmark_variant(label, lab, find_reference())
         row["status"] = "ok"
-        print(f"      perplexity {row['perplexity']:.3f}, "
-              f"{row['decode_tok_s']['median']:.1f} tokens/s", flush=True)
+        print(f"      perplexity {row['perplexity']:.3f}, KLD {row['kld']['mean']:.4f}"
+              f", {row['decode_tok_s']['median']:.1f} tokens/s", flush=True)
     except Exception as error:
         row["error"] = describe(error)
         print(f"      failed: {row['error']}", flush=True)
         with log.open("a", encoding="utf-8") as stream:
             traceback.print_exc(file=stream)
         shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
-    gc.collect()
-    with contextlib.suppress(RuntimeError):  # Said in the row, if the GPU is lost.
-        torch.cuda.empty_cache()
     return row
 
 
 # %%
 def finished_rows(lab: Lab, keys: dict[str, tuple[str, str]]) -> dict[str, dict]:
     """Rows of an earlier run that nothing has changed since, by label."""
-    rows = {}
-    before = read_json(lab.output / "results.json").get("variants")
+    before, rows = read_json(lab.output / "results.json").get("variants"), {}
     for row in before if isinstance(before, list) else []:
         for label, (made, measured) in keys.items():
             if (isinstance(row, dict) and row.keys() == ROW.keys()
@@ -860,11 +996,12 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
     with chatter_to(lab.output / "log.txt"):
         keys = make_keys(lab)
     rows, wanted = finished_rows(lab, keys), lab.options.variants
+    find_reference = cache(partial(measure_reference, lab))
     for number, label in enumerate(wanted, 1):
         print(f"[{number}/{len(wanted)}] {label}"
               + (": finished before" if label in rows else ""), flush=True)
         if label not in rows:
-            rows[label] = run_variant(label, keys[label], lab)
+            rows[label] = run_variant(label, keys[label], lab, find_reference)
         base = rows.get(BASELINE, ROW)["weight_bytes"]
         for row in rows.values():
             size = row["weight_bytes"]
@@ -890,29 +1027,46 @@ if __name__ == "__main__":
 """
 ## Report
 
-One rendering of `results.json`, printed and written to `summary.md`. A dash means: not
-measured.
+One rendering of `results.json`: `summary.md` has it whole, the terminal with the first
+prompt's completions only. A dash means: not measured.
+
+The verdict is computed: a difference counts where the interval excludes none. A figure
+outside the band that published ones of a known model allow is warned of.
 """
 
 
 # %%
-def render_table(rows: list[dict]) -> str:
-    """The rows as a Markdown table, aligned for the terminal too."""
-    def show(value: float | dict | None, digits: int) -> str:
-        if isinstance(value, dict):
-            low, high = show(value["min"], digits), show(value["max"], digits)
-            return f"{show(value['median'], digits)} ({low}–{high})"
-        return "–" if value is None else f"{value:,.{digits}f}"
+QUALITY = (("MB", "weight_bytes", 1), ("x FP16", "size_ratio", 3),
+           ("perplexity", "perplexity_interval", 2), ("ratio", "perplexity_ratio", 4),
+           ("KLD", "kld", 4), ("top-1 %", "top1_agreement", 2),
+           ("tokens", "divergence", 1))
+SPEED = (("quantize s", "quantize_seconds", 1), ("latency s", "latency_s", 3),
+         ("tokens/s", "decode_tok_s", 1), ("runs as", "runs_as", 0))
 
-    table = [["variant", "MB", "x FP16", "quantize s", "perplexity", "latency s",
-              "tokens/s", "RTN"]]
+
+def show(value: float | str | dict, digits: int) -> str:
+    """A figure; a timing's median (min–max), an estimate ± half its 95 % interval."""
+    if isinstance(value, str):
+        return plain(value)
+    if not isinstance(value, dict):
+        return f"{value:,.{digits if abs(value) < 1000 else 0}f}"
+    if "samples" in value:
+        median, low, high = (show(value[k], digits) for k in ("median", "min", "max"))
+        return f"{median} ({low}–{high})"
+    text = show(value["mean"] if "mean" in value else value["value"], digits)
+    low, high = value["low"], value["high"]
+    return text if low is None else f"{text} ± {show((high - low) / 2, digits)}"
+
+
+def render_table(rows: list[dict], columns: tuple) -> str:
+    """The rows as a Markdown table, aligned for the terminal too."""
+    table = [["variant", *(title for title, _, _ in columns)]]
     for row in rows:
-        size = row["weight_bytes"]
-        table.append([
-            row["label"], show(size and size / 1e6, 1), show(row["size_ratio"], 3),
-            show(row["quantize_seconds"], 1), show(row["perplexity"], 3),
-            show(row["latency_s"], 3), show(row["decode_tok_s"], 1),
-            show(row["rtn_fallbacks"], 0) if row["status"] == "ok" else "failed"])
+        table.append([row["label"]])
+        for _, key, digits in columns:
+            value = row[key] if key != "weight_bytes" else row[key] and row[key] / 1e6
+            missing = "–" if row["status"] == "ok" else "failed"
+            table[-1].append(missing if value is None else show(value, digits))
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     return "\n".join(
@@ -921,55 +1075,124 @@ def render_table(rows: list[dict]) -> str:
         for first, *others in table)
 
 
+# %%
+# What published figures allow, under one protocol: the baseline's perplexity, ratios.
+KNOWN = ("Qwen2.5-0.5B-Instruct", WIKITEXT, 2048, 0)
+BANDS = {
+    "00_fp16_baseline": (13.9, 14.6), "01_fp8_dynamic": (0.98, 1.02),
+    "02_gptq_w4a16": (1.08, 1.20), "03_smoothquant_w8a8": (0.96, 1.04)}
+
+
+def render_warnings(results: dict) -> list[str]:
+    """Failures, fallbacks, noise, figures outside the band of the known model."""
+    config, rows = results["config"], results["variants"]
+    known = KNOWN == (Path(config["model"]).name, config["eval_text"], config["window"],
+                      config["max_windows"])
+    said = [f"{r['label']} failed: {plain(r['error'])}" for r in rows if r["error"]]
+    for row in filter(lambda row: row["status"] == "ok", rows):
+        label, value = row["label"], row["perplexity_ratio"]["value"]
+        if row["rtn_fallbacks"]:
+            said.append(f"Warning: {row['rtn_fallbacks']} modules of {label} fell back "
+                        "to round-to-nearest: more --dampening or chats may help.")
+        if label == BASELINE:
+            value = row["perplexity"]
+            if row["kld"]["mean"]:
+                said.append("Warning: the baseline differs from itself, KLD "
+                            f"{row['kld']['mean']:.1e}: this machine's noise.")
+        low, high = BANDS.get(label, (0, math.inf))
+        if known and not low <= value <= high:
+            said.append(f"Warning: {label} is at {value:.3f}, outside of the {low} to "
+                        f"{high} that published figures of this model allow.")
+    return said
+
+
+# %%
+def render_verdict(rows: list[dict]) -> list[str]:
+    """What the figures say, each sentence guarded by its interval."""
+    def differs(ratio: dict) -> bool:  # One window has no interval.
+        return ratio["low"] is not None and not ratio["low"] <= 1 <= ratio["high"]
+
+    rows = {row["label"]: row for row in rows if row["status"] == "ok"}
+    quantized = {k: row["perplexity_ratio"] for k, row in rows.items() if k != BASELINE}
+    if not quantized:
+        return ["No quantized variant was measured: nothing to compare."]
+    alike = " and ".join(k for k, ratio in quantized.items() if not differs(ratio))
+    said = [f"In perplexity, {alike} cannot be told from FP16: no 95 % interval that "
+            "excludes a ratio of 1." if alike else "In perplexity, every quantized "
+            "variant differs from FP16: all 95 % intervals exclude a ratio of 1."]
+    for label, ratio in quantized.items():
+        size, same = rows[label]["size_ratio"], rows[label]["top1_agreement"]
+        saves = f"saves {100 - 100 * size:.1f} % of the bytes, " if size else ""
+        said.append(f"{label} {saves}multiplies perplexity by {show(ratio, 4)} and "
+                    f"keeps the most probable token in {show(same, 1)} % of places.")
+    if {"02_gptq_w4a16", CONTROL} <= rows.keys():
+        gptq, control = rows["02_gptq_w4a16"], rows[CONTROL]
+        losses = [torch.tensor(row["window_losses"], dtype=torch.float64)
+                  for row in (gptq, control)]
+        ratio = estimate(losses[0] - losses[1], torch.arange(len(losses[0])), math.exp)
+        found = "cannot be told from" if not differs(ratio) else (
+            "beat" if ratio["value"] < 1 else "did worse than")
+        said.append(f"GPTQ {found} round-to-nearest in the same format: perplexity x "
+                    f"{show(ratio, 4)}, KLD {gptq['kld']['mean']:.4f} against "
+                    f"{control['kld']['mean']:.4f}.")
+    elif "02_gptq_w4a16" in rows:
+        said.append(f"What GPTQ buys over plain rounding, {CONTROL} would show.")
+    return said
+
+
 def plain(text: str) -> str:
     """One line without control characters, for the terminal and for Markdown."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
-def render_notes(results: dict) -> list[str]:
-    """What has to be known beside the table, a sentence or two each."""
-    rows, config = results["variants"], results["config"]
-    scored = max((row["tokens_scored"] or 0 for row in rows), default=0)
-    notes = [
-        f"Perplexity: {config['eval_text']}, {scored:,} tokens scored in windows of "
-        f"{config['window']:,}, the first of each unscored.",
-        f"Latency: greedy completion of {config['new_tokens']} tokens, batch 1; median "
-        f"(min–max) of {config['repeats']}. MB: 10^6 bytes of safetensors. RTN: "
-        "modules where GPTQ fell back to round-to-nearest."]
-    for way in dict.fromkeys(row["runs_as"] for row in rows if row["runs_as"]):
-        labels = ", ".join(row["label"] for row in rows if row["runs_as"] == way)
-        notes.append(f"Run as {way}: {labels}.")
-    if rows and rows[0]["size_ratio"] is None:
-        notes.append(f"No ratio to FP16 without {BASELINE}.")
-    return notes + [f"{row['label']} failed: {plain(row['error'])}"
-                    for row in rows if row["status"] == "failed"]
+def render_completions(rows: list[dict], number: int) -> list[str]:
+    """The variants' completions of a prompt side by side, indented as Markdown code."""
+    rows = [row for row in rows if row["divergence"]]
+    width, columns = 112 // max(len(rows), 1) - 3, []
+    for row in rows:
+        text = plain(row["divergence"]["completions"][number]["completion"])
+        columns.append([row["label"][:width], "-" * width, *textwrap.wrap(text, width)])
+    return [f"**{PROMPTS[number]}**", "", *(
+        "    " + " | ".join(f"{cell:{width}}" for cell in line).rstrip()
+        for line in zip_longest(*columns, fillvalue="")), ""]
 
 
 # %%
-def render_summary(results: dict) -> str:
-    """summary.md: machine, table, notes, completions, the command and the versions."""
-    machine, rows = results["machine"], results["variants"]
+def render_summary(results: dict, prompts: int) -> str:
+    """Machine, tables, verdict, completions of the first prompts, command, versions."""
+    machine, rows, config = results["machine"], results["variants"], results["config"]
     fill = partial(textwrap.fill, width=110, break_on_hyphens=False)
-    lines = [f"# quant_lab: {results['config']['model']}", "",
-             f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB. "
-             f"{results['created']}.", "", render_table(rows), "",
-             *(fill("- " + n, subsequent_indent="  ") for n in render_notes(results)),
-             "", f"## Greedy completions of: {PROMPT}", ""]
-    for row in filter(lambda row: row["sample"], rows):
-        text = fill(plain(row["sample"]["completion"]), initial_indent="    ",
-                    subsequent_indent="    ")
-        lines += [f"{row['label']}:", "", text or "    (nothing)", ""]
-    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
-    lines += ["## Made with", "", "    " + shlex.join(results["command"]), "",
-              fill(versions), ""]
+    scored, compared = max([(row["tokens_scored"], row["kld"]["tokens"])
+                            for row in rows if row["kld"]], default=(0, 0))
+    quality = (
+        f"Quality on {config['eval_text']}: {scored:,} tokens scored in windows of "
+        f"{config['window']:,}, the first of each unscored; KLD and top-1 are of "
+        f"{compared:,} of them. ±: half a 95 % interval. ratio: perplexity to FP16's. "
+        "KLD: KL divergence from FP16, nats. top-1: same most probable token. tokens: "
+        f"how many before greedy completions of {len(PROMPTS)} prompts differ from "
+        f"FP16's, {config['new_tokens']} if never. MB: 10^6 bytes of safetensors.")
+    speed = (f"Speed: greedy completion of {config['new_tokens']} tokens, batch 1, "
+             f"median (min–max) of {config['repeats']}.")
+    notes = render_verdict(rows) + render_warnings(results)
+    lines = [
+        f"# quant_lab: {config['model']}", "", f"{machine['name']}, "
+        f"{machine['memory_bytes'] / 2**30:.1f} GiB. {results['created']}.", "",
+        fill(quality), "", render_table(rows, QUALITY), "",
+        fill(speed), "", render_table(rows, SPEED), "", "## Verdict", "",
+        *(fill("- " + note, subsequent_indent="  ") for note in notes), "",
+        "## Greedy completions", ""]
+    for number in range(prompts):
+        lines += render_completions(rows, number)
+    lines += ["## Made with", "", "    " + shlex.join(results["command"]), "", fill(
+        ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)), ""]
     return "\n".join(lines)
 
 
 # %%
 if __name__ == "__main__":
-    SUMMARY = render_summary(RESULTS)
+    SUMMARY = render_summary(RESULTS, len(PROMPTS))
     (OUTPUT / "summary.md").write_text(SUMMARY, encoding="utf-8")
-    print("\n" + SUMMARY)
+    print("\n" + render_summary(RESULTS, 1))
     print(f"wrote results.json, summary.md, log.txt and checkpoints/ in {OUTPUT}")
     if any(row["status"] == "failed" for row in RESULTS["variants"]):
         sys.exit(1)

@@ -2,12 +2,13 @@
 
 import json
 import math
+import shutil
 import struct
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHARED, TINY, load_by_path, make_small
+from conftest import SHARED, TINY, load_by_path
 
 import quant_lab
 
@@ -24,48 +25,238 @@ class Constant(torch.nn.Module):
         return SimpleNamespace(logits=self.logits.expand(*ids.shape, -1))
 
 
+def score(model, ids, window, max_windows=0, visit=lambda number, logits: None):
+    options = quant_lab.Options(window=window, max_windows=max_windows)
+    return quant_lab.score_text(model, ids, options, visit)
+
+
 def test_perplexity_of_uniform_logits_is_the_vocabulary():
-    ids = torch.randint(0, 321, (1000,))
-    found = quant_lab.measure_perplexity(Constant(torch.zeros(321)), ids, 64, 0)
-    assert found["perplexity"] == pytest.approx(321, rel=1e-6)
-    assert found["tokens_scored"] == 1000 // 64 * 63
+    losses = score(Constant(torch.zeros(321)), torch.randint(0, 321, (1000,)), 64)
+    assert losses.shape == (1000 // 64, 63)
+    assert losses.mean().exp().item() == pytest.approx(321, rel=1e-6)
 
 
-def test_perplexity_of_a_known_distribution():
+def test_losses_of_a_known_distribution():
     probabilities = torch.tensor([0.5, 0.25, 0.25])
     ids = torch.tensor([2, 0, 0, 1, 2, 1, 0, 2, 1, 1])  # Windows 200, 121, 021; 1 is left.
-    found = quant_lab.measure_perplexity(Constant(probabilities.log()), ids, 3, 0)
-    bits = 1 + 1 + 2 + 2 + 2 + 2  # Of 0 0, 2 1, 2 1: the first of each is unscored.
-    assert found == {"perplexity": pytest.approx(2 ** (bits / 6)), "tokens_scored": 6}
+    losses = score(Constant(probabilities.log()), ids, 3)
+    bits = torch.tensor([[1, 1], [2, 2], [2, 2]])  # The first of each is unscored.
+    assert torch.allclose(losses, bits.double() * math.log(2))
 
 
-@pytest.mark.parametrize("max_windows", [0, 2])
-def test_perplexity_equals_a_plain_loop_in_float64(tmp_path, max_windows):
-    folder = make_small(tmp_path, hidden=128)
-    options = quant_lab.Options(dtype="float32")
-    model = quant_lab.load_model(folder, options)
-    ids = torch.randint(0, 2000, (3 * 100 + 40,))
-    found = quant_lab.measure_perplexity(model, ids, 100, max_windows)
-    model = model.double()
-    losses = []
-    for begin in range(0, (max_windows or 3) * 100, 100):
-        window = ids[begin : begin + 100].tolist()
-        with torch.no_grad():
-            logits = model(torch.tensor([window])).logits[0]
-        for position in range(99):
-            odds = logits[position].tolist()
-            top = max(odds)
-            total = top + math.log(math.fsum(math.exp(x - top) for x in odds))
-            losses.append(total - odds[window[position + 1]])
-    expected = math.exp(math.fsum(losses) / len(losses))
-    assert found["perplexity"] == pytest.approx(expected, rel=1e-4)
-    assert found["tokens_scored"] == len(losses)
+def test_all_tokens_cross_the_slices_once():
+    """Each token's loss is its own logit's, whatever slice of the window it is in."""
+    ids = torch.arange(700).remainder(9)
+    losses = score(Constant(torch.linspace(0, 4, 9)), ids, 300)
+    wanted = torch.linspace(0, 4, 9).logsumexp(0) - torch.linspace(0, 4, 9)
+    assert torch.allclose(losses, wanted.double()[ids[:600].view(2, 300)[:, 1:]])
 
 
-def test_logits_that_are_not_finite_are_named():
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_not_finite_are_named(wrong):
+    logits = torch.zeros(9)
+    logits[5] = wrong  # Never the target.
     with pytest.raises(FloatingPointError, match="float16.*--dtype"):
-        quant_lab.measure_perplexity(Constant(torch.full((9,), math.nan)),
-                                     torch.zeros(64, dtype=torch.long), 32, 0)
+        score(Constant(logits), torch.zeros(64, dtype=torch.long), 32)
+
+
+def place_lab(tmp_path, model, variant, ids, **changes):
+    """A lab whose baseline is a model folder and whose one checkpoint is another."""
+    options = quant_lab.Options(model=str(model), dtype="float32", **changes)
+    folder, tokenizer, _ = quant_lab.open_model(options)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / quant_lab.BASELINE).symlink_to(variant)
+    return quant_lab.Lab(options, torch.device("cpu"), {}, {}, tmp_path, folder, tokenizer,
+                         ids, [])
+
+
+def measure(lab):
+    model = quant_lab.place_model(lab.output / "checkpoints" / quant_lab.BASELINE, lab)
+    return quant_lab.measure_quality(model, lab, quant_lab.measure_reference(lab))
+
+
+def log_odds(model, ids):
+    """Log-probabilities [tokens, vocabulary] after each token, plain Python in float64."""
+    with torch.no_grad():
+        logits = model.double()(torch.tensor([ids])).logits[0].tolist()
+    rows = []
+    for odds in logits:
+        top = max(odds)
+        total = top + math.log(math.fsum(math.exp(x - top) for x in odds))
+        rows.append([x - total for x in odds])
+    return rows
+
+
+def rank(values, share):
+    """A quantile by linear interpolation between sorted values."""
+    values, place = sorted(values), share * (len(values) - 1)
+    low = int(place)
+    high = min(low + 1, len(values) - 1)
+    return values[low] + (place - low) * (values[high] - values[low])
+
+
+@pytest.fixture(scope="module")
+def pair(small, tmp_path_factory):
+    """The small model and one whose weights differ a little."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("pair") / "noisy"
+    shutil.copytree(small, folder)
+    torch.manual_seed(3)
+    tensors = {name: (x + 0.03 * x.std() * torch.randn_like(x)) if x.dim() > 1 else x
+               for name, x in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return small, folder
+
+
+@pytest.mark.parametrize("kld_tokens, max_windows", [(8192, 2), (31, 0), (2, 0)])
+def test_quality_equals_plain_loops_in_float64(pair, tmp_path, kld_tokens, max_windows):
+    """Whole logits, plain loops, no slices: losses, KL divergence, agreement."""
+    ids = torch.randint(0, 2000, (3 * 40 + 20,), generator=torch.Generator().manual_seed(5))
+    lab = place_lab(tmp_path, *pair, ids, window=40, kld_tokens=kld_tokens,
+                    max_windows=max_windows, new_tokens=2)
+    found = measure(lab)
+    models = [quant_lab.load_model(folder, lab.options) for folder in pair]
+    losses, divergences, same = ([], []), [], []
+    for begin in range(0, (max_windows or 3) * 40, 40):
+        window = ids[begin : begin + 40].tolist()
+        known, quantized = (log_odds(model, window) for model in models)
+        for position in range(39):
+            p, q = known[position], quantized[position]
+            losses[0].append(-p[window[position + 1]])
+            losses[1].append(-q[window[position + 1]])
+            divergences.append(math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q)))
+            same.append(p.index(max(p)) == q.index(max(q)))
+    count = min(kld_tokens, len(same))
+    chosen = [place * len(same) // count for place in range(count)]
+    divergences, same = [divergences[i] for i in chosen], [same[i] for i in chosen]
+    means = [math.fsum(values) / len(values) for values in losses]
+    assert found["tokens_scored"] == len(losses[0])
+    assert found["perplexity"] == pytest.approx(math.exp(means[1]), rel=1e-4)
+    assert found["perplexity"] == found["perplexity_interval"]["value"]
+    assert found["perplexity_ratio"]["value"] == pytest.approx(
+        math.exp(means[1] - means[0]), rel=1e-5)
+    assert found["window_losses"] == pytest.approx(
+        [math.fsum(losses[1][i : i + 39]) / 39 for i in range(0, len(losses[1]), 39)])
+    kld = found["kld"]
+    assert kld["tokens"] == count and kld["mean"] > 1e-4
+    assert kld["mean"] == pytest.approx(math.fsum(divergences) / count, rel=1e-3)
+    assert kld["median"] == pytest.approx(rank(divergences, 0.5), rel=1e-3)
+    assert kld["p99"] == pytest.approx(rank(divergences, 0.99), rel=1e-3)
+    assert found["top1_agreement"]["value"] == pytest.approx(100 * sum(same) / count)
+    assert count < 30 or 0 < sum(same) < count, "an agreement that could not fail"
+
+
+def test_a_model_against_itself_does_not_differ(small, tmp_path):
+    lab = place_lab(tmp_path, small, small, torch.arange(500), window=32, new_tokens=6)
+    found = measure(lab)
+    one = dict(value=1.0, low=1.0, high=1.0)
+    assert found["perplexity_ratio"] == one
+    assert found["top1_agreement"] == {name: 100.0 for name in one}
+    assert {found["kld"].pop(k) for k in ("mean", "low", "high", "median", "p99")} == {0.0}
+    assert [c["same_tokens"] for c in found["divergence"]["completions"]] == [6] * 8
+    assert found["divergence"]["mean"] == 6
+
+
+def test_first_difference_is_that_of_plain_greedy_completions(pair, tmp_path):
+    lab = place_lab(tmp_path, *pair, torch.arange(64), window=32, new_tokens=12)
+    divergence, same = measure(lab)["divergence"], []
+    models = [quant_lab.load_model(folder, lab.options) for folder in pair]
+    for prompt, said in zip(quant_lab.PROMPTS, divergence["completions"]):
+        ids = lab.tokenizer.apply_chat_template(
+            [dict(role="user", content=prompt)], add_generation_prompt=True,
+            return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            made = [greedy(model, ids, 12)[0, ids.shape[1]:].tolist() for model in models]
+        end = lab.tokenizer.eos_token_id
+        made = [m[: m.index(end) + 1] if end in m else m for m in made]
+        same.append(next((i for i in range(max(map(len, made)))
+                          if made[0][i : i + 1] != made[1][i : i + 1]), 12))
+        assert said["prompt"] == prompt and said["same_tokens"] == same[-1]
+        assert said["completion"] == lab.tokenizer.decode(made[1], skip_special_tokens=True)
+    assert divergence["mean"] == sum(same) / 8 and 0 < divergence["mean"] < 12
+    assert divergence["low"] <= divergence["mean"] <= divergence["high"]
+
+
+def test_prompts_are_eight_and_fit_every_context():
+    assert len(set(quant_lab.PROMPTS)) == 8 and max(map(len, quant_lab.PROMPTS)) < 100
+
+
+@pytest.mark.parametrize("windows, low, high", [(12, 1, 40), (60, 5, 6), (146, 1, 9)])
+def test_intervals_agree_with_a_bootstrap(windows, low, high):
+    """Windows of unequal size whose tokens go together, resampled whole."""
+    random = torch.Generator().manual_seed(windows)
+    sizes = torch.randint(low, high, (windows,), generator=random)
+    shared = torch.randn(windows, generator=random)
+    places = torch.arange(windows).repeat_interleave(sizes)
+    values = (shared[places] + 0.3 * torch.randn(len(places), generator=random)).double()
+    found = quant_lab.estimate(values, places)
+    sums = torch.zeros(windows).double().index_add(0, places, values)
+    drawn = torch.randint(0, windows, (20_000, windows), generator=random)
+    means = sums[drawn].sum(1) / sizes[drawn].sum(1)
+    spread = 2 * quantile_of_t(windows - 1) * means.std().item()
+    assert found["value"] == pytest.approx(values.mean().item())
+    assert found["high"] - found["low"] == pytest.approx(spread, rel=0.1)
+    naive = 2 * 1.96 * values.std().item() / len(values) ** 0.5
+    assert found["high"] - found["low"] > 1.3 * naive, "tokens are not independent"
+
+
+def quantile_of_t(freedom):
+    """The 97.5 % point of Student's t by counting area under its density."""
+    def density(t):
+        return (1 + t * t / freedom) ** (-(freedom + 1) / 2)
+
+    step = 1e-3
+    half = math.sqrt(freedom * math.pi) * math.exp(
+        math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2)) / 2
+    area, t = 0.0, 0.0
+    while area < 0.95 * half:
+        area, t = area + step * density(t + step / 2), t + step
+    return t
+
+
+@pytest.mark.parametrize("windows, table", [(3, 4.303), (4, 3.182), (5, 2.776), (11, 2.228),
+                                            (31, 2.042), (146, 1.976)])
+def test_interval_of_equal_windows_is_the_textbooks(windows, table):
+    values = torch.randn(windows, generator=torch.Generator().manual_seed(1)).double()
+    found = quant_lab.estimate(values, torch.arange(windows), math.exp)
+    error = values.std().item() / windows ** 0.5
+    assert quantile_of_t(windows - 1) == pytest.approx(table, abs=2e-3)
+    assert found["value"] == pytest.approx(math.exp(values.mean()))
+    for side, name in ((-1, "low"), (1, "high")):
+        assert (math.log(found[name]) - values.mean().item()) * side / error == (
+            pytest.approx(table, rel=0.01))
+
+
+def test_one_window_has_no_interval():
+    found = quant_lab.estimate(torch.tensor([1.0, 3.0]), torch.tensor([4, 4]))
+    assert found == dict(value=2.0, low=None, high=None)
+
+
+def test_logits_are_never_whole_in_more_than_16_bits():
+    """On the real vocabulary a window's logits pass in slices, in the comparison too."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dtype in (torch.float32, torch.float64):
+                self.bytes = max(self.bytes, out.nbytes)
+            return out
+
+    logits = torch.zeros(151_936, dtype=torch.float16)
+    with Largest() as largest:
+        score(Constant(logits), torch.zeros(400, dtype=torch.long), 400)
+    assert 0 < largest.bytes <= 128 * 151_936 * 4
+
+
+def test_the_file_of_logits_has_a_budget(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(quant_lab, "LOGITS_FILE_BYTES", 7.5 * 4 * 2048)
+    lab = place_lab(tmp_path, small, small, torch.arange(500), window=32, new_tokens=2)
+    assert quant_lab.measure_reference(lab).logits.tell() <= 7.5 * 4 * 2048
+    assert measure(lab)["kld"]["tokens"] == 7
 
 
 def greedy(model, ids, steps):
@@ -76,14 +267,11 @@ def greedy(model, ids, steps):
 
 def test_completion_is_plain_greedy_whatever_the_model_prefers(small, tmp_path):
     """The model's folder asks for sampling with a repetition penalty; none may leak."""
-    options = quant_lab.Options(new_tokens=12, repeats=2, window=32, dtype="float32")
-    folder = quant_lab.open_model(quant_lab.Options(model=str(small)))
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / quant_lab.BASELINE).symlink_to(small)
-    lab = quant_lab.Lab(options, torch.device("cpu"), {}, {}, tmp_path, *folder[:2],
-                        torch.arange(64), [])
-    row = quant_lab.benchmark_variant(quant_lab.BASELINE, lab)
-    model, tokenizer = quant_lab.load_model(small, options), folder[1]
+    lab = place_lab(tmp_path, small, small, torch.arange(64), window=32, new_tokens=12,
+                    repeats=2)
+    row = quant_lab.benchmark_variant(
+        quant_lab.BASELINE, lab, quant_lab.measure_reference(lab))
+    model, tokenizer = quant_lab.load_model(small, lab.options), lab.tokenizer
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": row["sample"]["prompt"]}],
         add_generation_prompt=True, tokenize=False)
@@ -146,6 +334,7 @@ def expected_bytes(config, label):
         "01_fp8_dynamic": lambda out, into: out * into + 2 * out,
         "02_gptq_w4a16": lambda out, into: out * into // 2 + 2 * out * into // 128 + 16,
         "03_smoothquant_w8a8": lambda out, into: out * into + 2 * out,
+        "rtn_w4a16": lambda out, into: out * into // 2 + 2 * out * into // 128 + 16,
     }[label]
     return rest + layers * sum(one(*shape) for shape in linears)
 
@@ -159,8 +348,8 @@ def test_made_shapes_have_qwens_parameters():
             assert Qwen2ForCausalLM(Qwen2Config(**shapes[shape])).num_parameters() == wanted
     config = shapes["0.5b"]
     sizes = {label: expected_bytes(config, label) for label in quant_lab.VARIANTS}
-    published = dict(zip(quant_lab.VARIANTS,
-                         (988_097_536, 630_899_272, 456_988_608, 630_898_432)))
+    published = dict(zip(quant_lab.VARIANTS, (
+        988_097_536, 630_899_272, 456_988_608, 630_898_432, 456_988_608)))
     assert sizes == pytest.approx(published, rel=1e-3)
 
 

@@ -1,10 +1,13 @@
 """The lab end to end: the demo, resuming, failures, the default route from a hub."""
 
+import gc
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPT, TINY, make_small
 from hub import serve
-from test_figures import expected_bytes, tensor_bytes
+from test_figures import expected_bytes, quantile_of_t, tensor_bytes
 
 import quant_lab
 
@@ -31,6 +34,15 @@ def run_process(*words, folder=ROOT, **environment):
     return subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, words)], capture_output=True, text=True,
         env={**os.environ, **environment}, stdin=subprocess.DEVNULL, cwd=folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """The lab collects garbage before each load: let that skip the imported modules."""
+    from datasets import Dataset  # noqa: F401
+    from llmcompressor import oneshot  # noqa: F401
+
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +67,15 @@ def test_demo_gives_four_rows(demo):
         assert row["rtn_fallbacks"] == 0 and row["tokens_scored"] % 511 == 0
         assert row["checkpoint"] == f"checkpoints/{label}"
         assert len(row["latency_s"]["samples"]) == 5 == len(row["decode_tok_s"]["samples"])
-        assert row["sample"]["prompt"] and row["sample"]["completion"]
+        first = row["divergence"]["completions"][0]
+        assert row["sample"] == {k: first[k] for k in ("prompt", "completion")}
+        assert row["sample"]["completion"] and len(row["divergence"]["completions"]) == 8
+        assert len(row["window_losses"]) * 511 == row["tokens_scored"]
+        assert row["kld"]["tokens"] == 8192 == results["config"]["kld_tokens"]
+        for key, center in (("perplexity_interval", "value"), ("perplexity_ratio", "value"),
+                            ("kld", "mean"), ("top1_agreement", "value")):
+            interval = row[key]
+            assert interval["low"] <= interval[center] <= interval["high"]
         assert row["runs_as"] == ("fp16" if label == LABELS[0] else "dequantized to fp16")
     assert done.stderr == "" and "Traceback" not in done.stdout
 
@@ -64,6 +84,41 @@ def test_quantization_shows_in_the_demo(demo):
     base, fp8, w4, w8 = (row["perplexity"] for row in demo[2]["variants"])
     assert abs(fp8 / base - 1) < 0.01 and abs(w8 / base - 1) < 0.03
     assert 1.015 < w4 / base < 1.3, "four bits show clearly"
+
+
+def test_the_baseline_does_not_differ_from_itself(demo):
+    """Two loads of the same weights, the logits of one by way of the file."""
+    row = demo[2]["variants"][0]
+    assert row["perplexity_ratio"] == dict(value=1, low=1, high=1)
+    assert row["top1_agreement"] == dict(value=100, low=100, high=100)
+    assert row["kld"] == dict(mean=0, low=0, high=0, median=0, p99=0, tokens=8192)
+    assert row["divergence"]["mean"] == 64
+
+
+def test_divergence_orders_the_demos_variants(demo, run_script, tmp_path):
+    """FP16 <= FP8 < GPTQ W4A16 < RTN W4A16, each beyond the intervals; the control is
+    added to a finished run and asks for nothing to be measured again."""
+    folder = shutil.copytree(demo[1], tmp_path / "demo")
+    run = run_script("--demo", "--device", "cpu", "--output-dir", folder, "--variants",
+                     *LABELS, "rtn_w4a16")
+    assert run.code == 0 and run.out.count("finished before") == 4, run.out + run.err
+    results = strict(folder / "results.json")
+    rows = {row["label"]: row for row in results["variants"]}
+    assert list(rows) == [*LABELS, "rtn_w4a16"]
+    fp16, fp8, gptq, rtn = (rows[label]["kld"] for label in (*LABELS[:3], "rtn_w4a16"))
+    assert fp16["mean"] <= fp8["low"] and fp8["high"] < gptq["low"]
+    assert gptq["high"] < rtn["low"]
+    control, gptq = rows["rtn_w4a16"], rows[LABELS[2]]
+    assert control["quantize_seconds"] < gptq["quantize_seconds"]
+    configs = [json.loads((folder / row["checkpoint"] / "config.json").read_text())
+               ["quantization_config"] for row in (control, gptq)]
+    assert configs[0]["format"] == configs[1]["format"] == "pack-quantized"
+    groups = [config["config_groups"]["group_0"]["weights"] for config in configs]
+    assert {k: groups[0][k] for k in ("num_bits", "group_size", "symmetric")} == {
+        k: groups[1][k] for k in ("num_bits", "group_size", "symmetric")}
+    assert control["weight_bytes"] == pytest.approx(gptq["weight_bytes"], rel=0.01)
+    assert "GPTQ beat round-to-nearest" in run.out
+    assert (folder / "summary.md").read_text(encoding="utf-8").count("rtn_w4a16") >= 10
 
 
 def test_sizes_are_those_of_the_tensors(demo):
@@ -129,16 +184,33 @@ def test_table_is_what_results_say(demo):
     lines = done.stdout.split("\n")
     assert max(map(len, lines)) <= 120 and "\r" not in done.stdout
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", done.stdout)
-    table = quant_lab.render_table(results["variants"])
+    table = quant_lab.render_table(results["variants"], quant_lab.QUALITY)
     summary = (folder / "summary.md").read_text(encoding="utf-8")
-    assert table in summary and summary in done.stdout
+    assert summary == quant_lab.render_summary(results, 8)
+    assert quant_lab.render_summary(results, 1) in done.stdout
+    assert table in summary and "14,819 tokens" in summary and "windows of 512" in summary
     assert len({line.count("|") for line in table.split("\n")}) == 1
     for row in results["variants"]:
         line, = (line for line in table.split("\n") if row["label"] in line)
-        assert f" {row['perplexity']:.3f} " in line
-        assert f" {row['size_ratio']:.3f} " in line
-        words = quant_lab.plain(row["sample"]["completion"])
-        assert words in re.sub(r"\s+", " ", summary)
+        assert f" {row['perplexity']:.2f} ±" in line and f" {row['size_ratio']:.3f} " in line
+        assert f" {row['perplexity_ratio']['value']:.4f} ±" in line
+        assert f" {row['kld']['mean']:.4f} ±" in line
+        assert f" {row['top1_agreement']['value']:.2f} ±" in line
+        assert f" {row['divergence']['mean']:.1f} ±" in line
+
+
+def test_completions_stand_side_by_side(demo):
+    """Each column of a prompt's block, read downwards, is a variant's completion."""
+    summary = (demo[1] / "summary.md").read_text(encoding="utf-8")
+    rows = demo[2]["variants"]
+    for number, prompt in enumerate(quant_lab.PROMPTS):
+        block = summary.partition(f"**{prompt}**\n\n")[2].partition("\n\n")[0]
+        lines = block.split("\n")
+        starts = [lines[0].index(row["label"]) for row in rows]
+        for row, start, end in zip(rows, starts, [*(s - 3 for s in starts[1:]), 120]):
+            said = quant_lab.plain(row["divergence"]["completions"][number]["completion"])
+            found = "".join(line[start:end] for line in lines[2:])
+            assert found.replace(" ", "") == said.replace(" ", "")
 
 
 def test_a_second_run_measures_nothing(demo):
@@ -207,8 +279,9 @@ def die_at(monkeypatch, owner, name, number):
 
 
 @pytest.mark.parametrize("owner, name, number, done, made", [
-    (quant_lab, "load_model", 3, 1, 1), (quant_lab, "apply_recipe", 2, 2, 2),
-    (quant_lab.Path, "rename", 3, 2, 2), (quant_lab, "measure_perplexity", 3, 2, 3),
+    (quant_lab, "load_model", 4, 1, 1), (quant_lab, "apply_recipe", 2, 2, 2),
+    (quant_lab.Path, "rename", 3, 2, 2), (quant_lab, "measure_quality", 3, 2, 3),
+    (quant_lab, "measure_reference", 1, 0, 1),
     (quant_lab, "measure_speed", 4, 3, 4), (quant_lab, "write_json", 8, 3, 4)])
 def test_what_is_finished_survives_a_death(lab, monkeypatch, owner, name, number, done, made):
     """Killed in any step: finished rows and checkpoints are kept, the rest is redone."""
@@ -217,7 +290,7 @@ def test_what_is_finished_survives_a_death(lab, monkeypatch, owner, name, number
         quant_lab.run_lab(lab(), [])
     undo()
     output = lab().output
-    before = strict(output / "results.json")["variants"]
+    before = quant_lab.read_json(output / "results.json").get("variants", [])
     whole = {p.name for p in (output / "checkpoints").iterdir() if p.suffix != ".partial"}
     assert [row["label"] for row in before] == LABELS[:done] and whole == set(LABELS[:made])
     recipes = count_calls(monkeypatch, "build_recipe")
@@ -226,7 +299,8 @@ def test_what_is_finished_survives_a_death(lab, monkeypatch, owner, name, number
     assert [row["status"] for row in after] == ["ok"] * 4
     assert after[:done] == before
     assert [call[0] for call in benchmarks] == LABELS[done:]
-    assert [call[0] for call in recipes[4:]] == LABELS[made:]  # Four make the keys.
+    made_again = [call[0] for call in recipes[len(quant_lab.VARIANTS):]]  # After the keys.
+    assert made_again == LABELS[made:]
     assert not list((output / "checkpoints").glob("*.partial"))
 
 
@@ -257,7 +331,9 @@ def test_rows_of_other_variants_stay(lab):
     quant_lab.run_lab(lab("--variants", LABELS[1]), [])
     alone = strict(lab().output / "results.json")["variants"]
     assert alone[0]["size_ratio"] is None
-    assert LABELS[0] in " ".join(quant_lab.render_notes(strict(lab().output / "results.json")))
+    assert alone[0]["perplexity_ratio"]["value"] > 0, "the reference needs no baseline row"
+    table = quant_lab.render_table(alone, quant_lab.QUALITY)
+    assert " – " in table.split("\n")[2], "the size has nothing to be held against"
     rows = quant_lab.run_lab(lab("--variants", LABELS[0]), [])["variants"]
     assert [row["label"] for row in rows] == LABELS[:2]
     assert rows[1]["size_ratio"] == rows[1]["weight_bytes"] / rows[0]["weight_bytes"]
@@ -276,7 +352,7 @@ def test_an_interrupt_says_how_to_go_on(quick, tmp_path):
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                           text=True) as process:
         for line in process.stdout:
-            if line.strip().endswith("MB"):  # The baseline is saved, its timing begins.
+            if " MB, " in line:  # The baseline is saved, its timing begins.
                 process.send_signal(signal.SIGINT)
                 break
         out, err = process.communicate(timeout=60)
@@ -344,9 +420,10 @@ def test_a_failing_variant_is_a_row(lab, monkeypatch, capsys, error, says):
     assert [row["status"] for row in results["variants"]] == ["ok", "failed", "ok", "ok"]
     row = strict(lab().output / "results.json")["variants"][1]
     assert says in row["error"] and row["perplexity"] is None
-    assert "failed" in quant_lab.render_table(results["variants"]).split("\n")[3]
-    assert says in " ".join(quant_lab.render_notes(results))
-    quant_lab.render_summary(results)
+    for columns in (quant_lab.QUALITY, quant_lab.SPEED):
+        assert "failed" in quant_lab.render_table(results["variants"], columns).split("\n")[3]
+    assert says in " ".join(quant_lab.render_warnings(results))
+    assert f"{LABELS[1]} failed" in quant_lab.render_summary(results, 8)
     fixed = quant_lab.run_lab(lab(), [])["variants"]
     assert [row["status"] for row in fixed] == ["ok"] * 4
 
@@ -374,6 +451,27 @@ def test_nan_weights_fail_the_row(run_script, quick, tmp_path):
     assert run.code == 1 and row["status"] == "failed" and "--dtype" in row["error"]
 
 
+def test_the_reference_is_measured_once_and_again_only_if_needed(lab, monkeypatch):
+    calls = count_calls(monkeypatch, "measure_reference")
+    quant_lab.run_lab(lab("--variants", *LABELS[:2]), [])
+    assert len(calls) == 1
+    quant_lab.run_lab(lab("--variants", *LABELS[:2]), [])
+    assert len(calls) == 1, "all is finished"
+    quant_lab.run_lab(lab("--variants", *LABELS[:2], "--kld-tokens", 100), [])
+    assert len(calls) == 2
+
+
+def test_without_a_reference_each_row_says_so(lab, monkeypatch):
+    def overflow(*arguments):
+        raise FloatingPointError("logits are not finite")
+
+    monkeypatch.setattr(quant_lab, "score_text", overflow)
+    rows = quant_lab.run_lab(lab("--variants", *LABELS[:2]), [])["variants"]
+    for row in rows:
+        assert row["status"] == "failed" and "unquantized model" in row["error"]
+        assert "not finite" in row["error"] and row["weight_bytes"] > 0
+
+
 def test_missing_weights_fail_the_row(run_script, quick, small, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -396,14 +494,31 @@ def test_fallbacks_to_rounding_are_counted(lab, tmp_path):
         r"inversion failed for (\d+)/7", (build.output / "log.txt").read_text())[1])
 
 
-def test_committed_results_are_those_of_the_readme():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for folder in (ROOT / "results" / "demo-cpu", ROOT / "results" / "h100-0.5b"):
-        results = strict(folder / "results.json")
-        summary = (folder / "summary.md").read_text(encoding="utf-8")
-        assert summary == quant_lab.render_summary(results)
-        table = quant_lab.render_table(results["variants"])
-        assert table in readme, f"README.md does not show {folder.name} as it is"
+COMMITTED = [ROOT / "results" / "demo-cpu", ROOT / "results" / "h100-0.5b"]
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_results_are_those_of_the_readme(folder):
+    results = strict(folder / "results.json")
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    assert summary == quant_lab.render_summary(results, 8)
+    for columns in (quant_lab.QUALITY, quant_lab.SPEED):
+        assert quant_lab.render_table(results["variants"], columns) in (
+            ROOT / "README.md").read_text(encoding="utf-8"), f"stale: {folder.name}"
+
+
+@pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
+def test_committed_intervals_follow_from_the_committed_losses(folder):
+    rows = strict(folder / "results.json")["variants"]
+    base = rows[0]["window_losses"]
+    for row in rows:
+        losses = row["window_losses"]
+        factor = quantile_of_t(len(losses) - 1) / len(losses) ** 0.5
+        for key, values in (("perplexity_interval", losses), (
+                "perplexity_ratio", [a - b for a, b in zip(losses, base)])):
+            mean, width = statistics.mean(values), statistics.stdev(values) * factor
+            for name, side in (("value", 0), ("low", -1), ("high", 1)):
+                assert row[key][name] == pytest.approx(math.exp(mean + side * width), rel=1e-4)
 
 
 def make_hub(folder: Path):
@@ -466,7 +581,8 @@ def test_default_route_from_the_hub_and_again_from_the_cache(tmp_path):
     chats = repos["datasets/HuggingFaceH4/ultrachat_200k"] / "data" / "train_sft-0.parquet"
     assert sent["train_sft-0.parquet"] < chats.stat().st_size / 2, "the chats are streamed"
     again = run_process("--device", "cpu", "--fresh", "--variants", LABELS[2],
-                        HF_ENDPOINT=hub.url, **home)
+                        "--repeats", 1, "--new-tokens", 2, HF_ENDPOINT=hub.url, **home)
     assert again.returncode == 0, again.stdout + again.stderr
     row = strict(output / "results.json")["variants"][0]
     assert row["perplexity"] == results["variants"][2]["perplexity"]
+    assert row["kld"] == results["variants"][2]["kld"]

@@ -63,6 +63,14 @@ def test_variants_run_in_the_order_of_the_table(words):
     assert options.variants == ("00_fp16_baseline", "03_smoothquant_w8a8")
 
 
+def test_the_control_is_opt_in():
+    assert list(quant_lab.VARIANTS) == [*quant_lab.Options().variants, "rtn_w4a16"]
+    for words in ([], ["--demo"]):
+        assert "rtn_w4a16" not in quant_lab.parse_options(words).variants
+    words = ["--variants", "rtn_w4a16", "02_gptq_w4a16"]
+    assert quant_lab.parse_options(words).variants == ("02_gptq_w4a16", "rtn_w4a16")
+
+
 def test_a_notebook_reads_the_environment_instead_of_the_kernels_words(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.setenv("QUANT_LAB_ARGS", '--demo --eval-text "my text.txt"')
@@ -111,6 +119,7 @@ def refused(run, *names, lines=1):
     (["--variants", "04_wishful"], ["04_wishful", "02_gptq_w4a16"]),
     (["--variants"], ["--variants"]),
     (["--repeats", "0"], ["--repeats 0"]),
+    (["--kld-tokens", "0"], ["--kld-tokens 0"]),
     (["--new-tokens", "1"], ["--new-tokens 1"]),
 ])
 def test_bad_words(run_script, words, names):
