@@ -793,14 +793,14 @@ def measure_reference(lab: Lab) -> SimpleNamespace:
 def estimate(values: torch.Tensor, windows: torch.Tensor, scale=float) -> dict:
     """Mean of values [n] and its 95 % interval: value, low, high, put on a scale.
 
-    windows [n] tells which window each is from; of one alone, low and high are None.
+    windows [n] tells which window each is from; of one or two, low and high are None.
     The standard error is that of a ratio of sums over clusters (Cochran, Sampling
     Techniques, 1977, section 6.3), Student's t a series (Abramowitz and Stegun 26.7.5).
     """
     mean, (_, places) = values.mean().item(), windows.unique(return_inverse=True)
     sums = torch.zeros(int(places.max()) + 1, dtype=values.dtype)
     sums.index_add_(0, places, values - mean)
-    if (freedom := len(sums) - 1) == 0:
+    if (freedom := len(sums) - 1) < 2:
         return dict(value=scale(mean), low=None, high=None)
     error = math.sqrt(sums.square().sum() * (1 + 1 / freedom)) / len(values)
     t = sum(c / freedom**k for k, c in enumerate((1.960, 2.372, 2.822, 2.556, 1.589)))
@@ -1109,7 +1109,7 @@ def render_warnings(results: dict) -> list[str]:
 # %%
 def render_verdict(rows: list[dict]) -> list[str]:
     """What the figures say, each sentence guarded by its interval."""
-    def differs(ratio: dict) -> bool:  # One window has no interval.
+    def differs(ratio: dict) -> bool:  # One or two windows have no interval.
         return ratio["low"] is not None and not ratio["low"] <= 1 <= ratio["high"]
 
     rows = {row["label"]: row for row in rows if row["status"] == "ok"}

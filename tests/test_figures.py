@@ -4,11 +4,12 @@ import json
 import math
 import shutil
 import struct
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SHARED, TINY, load_by_path
+from conftest import SHARED, TINY, load_by_path, make_small
 
 import quant_lab
 
@@ -62,7 +63,7 @@ def test_logits_that_are_not_finite_are_named(wrong):
 
 def place_lab(tmp_path, model, variant, ids, **changes):
     """A lab whose baseline is a model folder and whose one checkpoint is another."""
-    options = quant_lab.Options(model=str(model), dtype="float32", **changes)
+    options = quant_lab.Options(**{"model": str(model), "dtype": "float32", **changes})
     folder, tokenizer, _ = quant_lab.open_model(options)
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / quant_lab.BASELINE).symlink_to(variant)
@@ -228,8 +229,9 @@ def test_interval_of_equal_windows_is_the_textbooks(windows, table):
             pytest.approx(table, rel=0.01))
 
 
-def test_one_window_has_no_interval():
-    found = quant_lab.estimate(torch.tensor([1.0, 3.0]), torch.tensor([4, 4]))
+@pytest.mark.parametrize("windows", [[4, 4], [4, 5]])
+def test_one_or_two_windows_have_no_interval(windows):
+    found = quant_lab.estimate(torch.tensor([1.0, 3.0]), torch.tensor(windows))
     assert found == dict(value=2.0, low=None, high=None)
 
 
@@ -369,6 +371,88 @@ def test_tiny_model_fits_and_has_the_shape_it_should():
     assert config["tie_word_embeddings"] is True and config["model_type"] == "qwen2"
 
 
+def make_row(label, ratio=1.0, width=0.01, **changes):
+    """A finished row of three windows whose ratio to a baseline of 14.2 is ratio ± width."""
+    losses = [math.log(14.2 * ratio) + sign * 1e-4 for sign in (-1, 0, 1)]
+    around = dict(value=ratio, low=ratio - width, high=ratio + width)
+    return quant_lab.ROW | dict(
+        label=label, status="ok", weight_bytes=10 ** 6, size_ratio=0.5, rtn_fallbacks=0,
+        perplexity=14.2 * ratio, perplexity_ratio=around, perplexity_interval=around,
+        window_losses=losses, tokens_scored=100, kld=dict(
+            mean=0.01 * (label != quant_lab.BASELINE), low=0, high=1, tokens=50),
+        top1_agreement=dict(value=97.0, low=96.0, high=98.0),
+        divergence=dict(mean=5, low=4, high=6, completions=[
+            dict(prompt=p, completion="", same_tokens=5) for p in quant_lab.PROMPTS])
+    ) | changes
+
+
+def say(*rows, **config):
+    config = dict(model="some/model", eval_text="mine.txt", window=64, max_windows=0) | config
+    results = dict(config=config, variants=list(rows))
+    return quant_lab.render_verdict(rows), quant_lab.render_warnings(results)
+
+
+FP16, FP8, GPTQ, W8A8 = quant_lab.Options().variants
+KNOWN = dict(model="Qwen/Qwen2.5-0.5B-Instruct", eval_text=quant_lab.WIKITEXT, window=2048)
+
+
+def test_verdict_names_what_cannot_be_told_from_fp16():
+    said, warned = say(make_row(FP16, width=0), make_row(FP8, 1.005), make_row(GPTQ, 1.1),
+                       make_row(W8A8, 0.95))
+    assert FP8 in said[0] and GPTQ not in said[0] and W8A8 not in said[0]
+    assert "saves 50.0 %" in said[1] and "1.0050 ± 0.0100" in said[1]
+    assert "97.0 ± 1.0 %" in said[1] and quant_lab.CONTROL in said[-1]
+    assert 4 <= len(said) <= 6 and warned == []
+    said, _ = say(make_row(FP16, width=0), make_row(FP8, 1.02), make_row(GPTQ, 1.1))
+    assert "every quantized variant differs" in said[0]
+
+
+def test_one_window_claims_no_difference():
+    none = dict(value=1.5, low=None, high=None)
+    said, _ = say(make_row(FP8, perplexity_ratio=none, window_losses=[2.0]),
+                  make_row(GPTQ, perplexity_ratio=none, window_losses=[3.0]),
+                  make_row(quant_lab.CONTROL, perplexity_ratio=none, window_losses=[4.0]))
+    assert f"{FP8} and {GPTQ} and {quant_lab.CONTROL} cannot be told" in said[0]
+    assert "GPTQ cannot be told from round-to-nearest" in said[-1]
+
+
+@pytest.mark.parametrize("gptq, says", [
+    (1.05, "GPTQ beat"), (1.2, "GPTQ cannot be told from"), (1.4, "GPTQ did worse than")])
+def test_the_control_is_held_against_gptq(gptq, says):
+    control = make_row(quant_lab.CONTROL, 1.2, window_losses=[2.0, 3.0, 4.0])
+    losses = [x + math.log(gptq / 1.2) + 0.001 * i for i, x in enumerate((2.0, 3.0, 4.0), -1)]
+    said, _ = say(make_row(GPTQ, gptq, window_losses=losses), control)
+    assert says in said[-1] and f"{gptq / 1.2:.4f} ±" in said[-1]
+
+
+@pytest.mark.parametrize("label, ratio, warned", [
+    (FP16, 1.0, False), (FP16, 1.1, True), (FP8, 1.01, False), (FP8, 1.03, True),
+    (GPTQ, 1.15, False), (GPTQ, 1.36, True), (GPTQ, 1.01, True), (W8A8, 1.03, False),
+    (W8A8, 1.05, True), (quant_lab.CONTROL, 1.46, False)])
+def test_figures_outside_the_published_bands_are_warned_of(label, ratio, warned):
+    row = make_row(label, ratio)
+    assert bool(say(row, **KNOWN)[1]) is warned
+    if warned:
+        assert label in say(row, **KNOWN)[1][0]
+    for other in (dict(window=512), dict(max_windows=20), dict(eval_text="mine.txt"),
+                  dict(model="other/model")):
+        assert say(row, **{**KNOWN, **other})[1] == []
+
+
+def test_fallbacks_noise_and_failures_are_warned_of():
+    noise = make_row(FP16)["kld"] | dict(mean=1e-5)
+    _, warned = say(make_row(FP16, kld=noise), make_row(GPTQ, rtn_fallbacks=3),
+                    quant_lab.ROW | dict(label=W8A8, status="failed", error="no\nmemory"))
+    text = "\n".join(warned)
+    assert len(warned) == 3 and f"{W8A8} failed: no memory" in text
+    assert f"3 modules of {GPTQ}" in text and "1.0e-05" in text
+
+
+def test_verdict_of_failures_alone():
+    failed = quant_lab.ROW | dict(label=FP8, status="failed", error="no memory")
+    assert len(say(failed)[0]) == 1 and len(say(make_row(FP16), failed)[0]) == 1
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not beside the project")
 def test_real_tokenizer_and_wikitext():
     from transformers import AutoTokenizer
@@ -380,6 +464,21 @@ def test_real_tokenizer_and_wikitext():
     assert len(quant_lab.load_evaluation(options, tokenizer, 32_768)) == 299_078
     samples = quant_lab.load_calibration(options, tokenizer, 32_768)
     assert len(samples) == 256 and max(map(len, samples)) <= 1024
+
+
+@pytest.mark.gpu
+def test_quality_fits_in_3_gb_above_the_weights(tmp_path):
+    """Of the real vocabulary and window, every position compared."""
+    folder = make_small(tmp_path / "model", hidden=128, vocab_size=151_936)
+    lab = place_lab(tmp_path, folder, folder, torch.arange(4096), window=2048,
+                    new_tokens=2, dtype="float16")
+    lab = replace(lab, device=torch.device("cuda"))
+    model = quant_lab.place_model(folder, lab)
+    weights = torch.cuda.memory_allocated()
+    reference = quant_lab.measure_reference(lab)
+    torch.cuda.reset_peak_memory_stats()
+    assert quant_lab.measure_quality(model, lab, reference)["kld"]["mean"] == 0
+    assert torch.cuda.max_memory_allocated() - weights < 3e9
 
 
 @pytest.mark.gpu
