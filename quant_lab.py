@@ -53,7 +53,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -377,8 +377,7 @@ def open_model(options: Options) -> tuple[Path, object, int]:
             AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
         for file in set(index.values()) or {"model.safetensors"}:
-            with safe_open(folder / file, "pt") as tensors:
-                tensors.keys()
+            safe_open(folder / file, "pt")  # Raises if it is cut off.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if not tokenizer("word").input_ids:
             raise FileNotFoundError("its tokenizer is empty, are files missing?")
@@ -406,8 +405,8 @@ def tokenize_prompt(tokenizer, prompt: str) -> dict[str, torch.Tensor]:
 def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -> list:
     """A column of a hub data set in Parquet: the first `rows` of a split, or all.
 
-    Reads row groups of one column as they are needed. load_dataset(streaming=True)
-    reads far ahead, and can abort an interpreter that exits soon after (datasets#7566).
+    load_dataset(streaming=True) reads far more than these rows, and can abort an
+    interpreter that exits soon after (datasets#7566).
     """
     from datasets import Dataset, disable_progress_bars, load_dataset_builder
     from huggingface_hub import HfFileSystem
@@ -433,14 +432,12 @@ def read_chats(file: Path) -> list[list[dict]]:
             continue
         try:
             turns = json.loads(line)["messages"]
-            sound = turns and all(
-                turn["role"] in ("system", "user", "assistant", "tool")
-                and isinstance(turn["content"], str) for turn in turns)
+            roles = {isinstance(t["content"], str) and t["role"] for t in turns}
+            if not roles or roles - {"system", "user", "assistant", "tool"}:
+                raise ValueError
         except (ValueError, TypeError, KeyError):
-            sound = False
-        if not sound:
             raise ValueError(f'line {number} is not {{"messages": [{{"role": "user", '
-                             '"content": "..."}, ...]}')
+                             '"content": "..."}, ...]}') from None
         chats.append(turns)
     return chats
 
@@ -563,11 +560,8 @@ def fingerprint(*parts) -> str:
 
 def hash_files(files) -> dict[str, str]:
     """SHA-256 of each of the paths that is a file."""
-    hashes = {}
-    for file in filter(Path.is_file, files):
-        with file.open("rb") as stream:
-            hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return hashes
+    return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
+            for file in files if file.is_file()}
 
 
 def write_json(file: Path, content: dict) -> None:
@@ -662,11 +656,7 @@ def read_checkpoint(folder: Path, key: str) -> dict | None:
 
 
 def quantize_variant(label: str, key: str, lab: Lab) -> None:
-    """Write `checkpoints/<label>`.
-
-    Its quant_lab.json keeps weight_bytes of the safetensors, quantize_seconds of the
-    recipe without loading and saving, rtn_fallbacks: modules left to round-to-nearest.
-    """
+    """Write `checkpoints/<label>` and, in its quant_lab.json, its part of the row."""
     folder = lab.output / "checkpoints" / label
     torch.manual_seed(lab.options.seed)
     model, recipe = load_model(lab.model, lab.options), build_recipe(label, lab.options)
@@ -698,31 +688,32 @@ rest shorter than a window is not. Perplexity is e to the mean negative log-like
 It compares only with figures of the same text, window and tokenizer.
 
 **Ratio, KL divergence, same top token, first difference** hold a variant against the
-*reference*: the model as it came, in `--dtype`, measured once before the first variant.
-The baseline, loaded anew, is held against it too: what differs there is noise. KL
+*reference*: the model as it came, in `--dtype`, measured before all variants. The
+baseline, saved and loaded anew, is held against it too: what differs there is noise. KL
 divergence, from the reference's next-token distribution to the variant's, needs the
 logits of both for the same tokens. So that two models never have to fit at once, the
 reference's wait in a temporary file of at most 5 GB: those of `--kld-tokens` scored
 positions, spread evenly over the text.
 
-**Intervals** (95 %) treat windows as independent, not tokens: neighbours err together,
-and counting tokens would make the intervals too narrow. The ratio is taken window by
-window, so that what makes a text hard for both models cancels. An interval speaks for
-the choice of text; other calibration chats, seeds or tasks it does not cover.
+**Intervals** (95 %) take neither tokens nor windows as independent: what stands in one
+article errs together. Consecutive windows are joined into at most 30 blocks, and the
+spread is that of the blocks. The ratio is taken window by window, so that what makes a
+text hard for both models cancels. An interval speaks for the choice of text; other
+calibration chats, seeds, kernels or tasks it does not cover.
 """
 
 
 # %%
-LOGITS_FILE_BYTES = 5e9
+LOGITS_FILE_BYTES, BLOCKS = 5e9, 30
 
 
 @torch.no_grad()
 def score_text(model, ids: torch.Tensor, options: Options, visit) -> torch.Tensor:
     """Negative log-likelihoods [windows, window - 1] in nats of the token ids [n].
 
-    Calls `visit(window's number, logits [k, vocabulary])` with those to be compared.
-    Raises FloatingPointError for logits that are not finite.
-    Source of the protocol: https://arxiv.org/abs/2210.17323
+    Calls `visit(window's number, logits [k, vocabulary])` with those to be compared, of
+    all models the same in the same order. Raises FloatingPointError for logits that are
+    not finite. Source: https://arxiv.org/abs/2210.17323
     """
     window = options.window
     windows = ids[: len(ids) // window * window].view(-1, window)
@@ -772,11 +763,11 @@ def place_model(folder: Path, lab: Lab):
     return model
 
 
-def measure_reference(lab: Lab) -> SimpleNamespace:
+def measure_reference(lab: Lab) -> SimpleNamespace | Exception:
     """What the model as it came says, for all variants to be held against.
 
     losses [windows, window - 1] in nats; logits [compared tokens, vocabulary] in the
-    model's dtype, as a file; completions. RuntimeError if that cannot be measured.
+    model's dtype, as a file; completions. Or why that cannot be measured.
     """
     try:
         model, file = place_model(lab.model, lab), tempfile.TemporaryFile()
@@ -786,7 +777,8 @@ def measure_reference(lab: Lab) -> SimpleNamespace:
         return SimpleNamespace(
             losses=losses, logits=file, completions=complete_prompts(model, lab))
     except Exception as error:
-        raise RuntimeError(f"the unquantized model: {describe(error)}") from None
+        traceback.print_exc()  # Goes to the log.
+        return RuntimeError(f"the unquantized model: {describe(error)}")
 
 
 # %%
@@ -798,11 +790,13 @@ def estimate(values: torch.Tensor, windows: torch.Tensor, scale=float) -> dict:
     Techniques, 1977, section 6.3), Student's t a series (Abramowitz and Stegun 26.7.5).
     """
     mean, (_, places) = values.mean().item(), windows.unique(return_inverse=True)
-    sums = torch.zeros(int(places.max()) + 1, dtype=values.dtype)
-    sums.index_add_(0, places, values - mean)
-    if (freedom := len(sums) - 1) < 2:
+    count = int(places.max()) + 1
+    freedom = min(count, BLOCKS) - 1
+    if freedom < 2:
         return dict(value=scale(mean), low=None, high=None)
+    sums = torch.bincount(places * (freedom + 1) // count, values - mean)
     error = math.sqrt(sums.square().sum() * (1 + 1 / freedom)) / len(values)
+    # 1.960 is that of the normal distribution.
     t = sum(c / freedom**k for k, c in enumerate((1.960, 2.372, 2.822, 2.556, 1.589)))
     return dict(value=scale(mean), low=scale(mean - t * error),
                 high=scale(mean + t * error))
@@ -810,11 +804,7 @@ def estimate(values: torch.Tensor, windows: torch.Tensor, scale=float) -> dict:
 
 # %%
 def measure_quality(model, lab: Lab, reference: SimpleNamespace) -> dict:
-    """Perplexity, and what differs from the reference; see the text above.
-
-    KL divergence in nats, agreement of the most probable token in percent; per prompt
-    the tokens before the first difference, --new-tokens if there is none.
-    """
+    """Perplexity; against the reference KLD in nats, agreement in %, same tokens."""
     numbers, divergences, agreements = [], [], []
 
     def compare(number, logits):
@@ -841,7 +831,7 @@ def measure_quality(model, lab: Lab, reference: SimpleNamespace) -> dict:
             prompt=prompt, same_tokens=differ.index(True) if any(differ) else longest,
             completion=lab.tokenizer.decode(tokens, skip_special_tokens=True)))
     same = estimate(torch.tensor([float(c["same_tokens"]) for c in completions]),
-                    torch.arange(len(PROMPTS)), lambda x: min(max(x, 0.0), longest))
+                    torch.arange(len(PROMPTS)))
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
         perplexity_ratio=ratio, tokens_scored=losses.numel(),
@@ -940,7 +930,7 @@ def make_keys(lab: Lab) -> dict[str, tuple[str, str]]:
     chats = (hash_files([Path(o.calibration_data).expanduser()]), o.calibration_data,
              o.calibration_samples, o.calibration_length)
     measured = (lab.eval_ids.tolist(), o.window, o.max_windows, o.kld_tokens,
-                o.new_tokens, o.repeats, PROMPTS)
+                o.new_tokens, o.repeats, PROMPTS, BLOCKS, LOGITS_FILE_BYTES)
     for label, variant in VARIANTS.items():
         made = fingerprint(common, label, repr(build_recipe(label, o)),
                            chats if variant.calibrated else None)
@@ -948,12 +938,14 @@ def make_keys(lab: Lab) -> dict[str, tuple[str, str]]:
     return keys
 
 
-def run_variant(label: str, keys: tuple[str, str], lab: Lab, find_reference) -> dict:
+def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference) -> dict:
     """The row of a variant; its status is "failed" if anything went wrong."""
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
                      fingerprint=keys[1])
     log, folder = lab.output / "log.txt", lab.output / "checkpoints" / label
     try:
+        if isinstance(reference, Exception):
+            raise reference
         if not read_checkpoint(folder, keys[0]):
             with chatter_to(log):
                 quantize_variant(label, keys[0], lab)
@@ -961,9 +953,9 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab, find_reference) -> 
         print(f"      {row['weight_bytes'] / 1e6:,.1f} MB, quantized in "
               f"{row['quantize_seconds']:.1f} s", flush=True)
         with chatter_to(log):
-            row |= benchmark_variant(label, lab, find_reference())
+            row |= benchmark_variant(label, lab, reference)
         row["status"] = "ok"
-        print(f"      perplexity {row['perplexity']:.3f}, KLD {row['kld']['mean']:.4f}"
+        print(f"      perplexity {row['perplexity']:.3f}, KLD {row['kld']['mean']:.5f}"
               f", {row['decode_tok_s']['median']:.1f} tokens/s", flush=True)
     except Exception as error:
         row["error"] = describe(error)
@@ -996,12 +988,16 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
     with chatter_to(lab.output / "log.txt"):
         keys = make_keys(lab)
     rows, wanted = finished_rows(lab, keys), lab.options.variants
-    find_reference = cache(partial(measure_reference, lab))
+    reference = None
+    if not rows.keys() >= set(wanted):
+        print("[reference] the model as it came", flush=True)
+        with chatter_to(lab.output / "log.txt"):
+            reference = measure_reference(lab)
     for number, label in enumerate(wanted, 1):
         print(f"[{number}/{len(wanted)}] {label}"
               + (": finished before" if label in rows else ""), flush=True)
         if label not in rows:
-            rows[label] = run_variant(label, keys[label], lab, find_reference)
+            rows[label] = run_variant(label, keys[label], lab, reference)
         base = rows.get(BASELINE, ROW)["weight_bytes"]
         for row in rows.values():
             size = row["weight_bytes"]
@@ -1031,21 +1027,21 @@ One rendering of `results.json`: `summary.md` has it whole, the terminal with th
 prompt's completions only. A dash means: not measured.
 
 The verdict is computed: a difference counts where the interval excludes none. A figure
-outside the band that published ones of a known model allow is warned of.
+outside the band inferred from published ones of a known model is warned of.
 """
 
 
 # %%
-QUALITY = (("MB", "weight_bytes", 1), ("x FP16", "size_ratio", 3),
+QUALITY = (("MB", "weight_bytes", 1), ("size", "size_ratio", 3),
            ("perplexity", "perplexity_interval", 2), ("ratio", "perplexity_ratio", 4),
-           ("KLD", "kld", 4), ("top-1 %", "top1_agreement", 2),
-           ("tokens", "divergence", 1))
+           ("KLD", "kld", 5), ("top-1 %", "top1_agreement", 1),
+           ("tokens", "divergence", 0))
 SPEED = (("quantize s", "quantize_seconds", 1), ("latency s", "latency_s", 3),
          ("tokens/s", "decode_tok_s", 1), ("runs as", "runs_as", 0))
 
 
 def show(value: float | str | dict, digits: int) -> str:
-    """A figure; a timing's median (min–max), an estimate ± half its 95 % interval."""
+    """A figure; a timing's median (min–max), an estimate ± half its interval."""
     if isinstance(value, str):
         return plain(value)
     if not isinstance(value, dict):
@@ -1053,9 +1049,12 @@ def show(value: float | str | dict, digits: int) -> str:
     if "samples" in value:
         median, low, high = (show(value[k], digits) for k in ("median", "min", "max"))
         return f"{median} ({low}–{high})"
-    text = show(value["mean"] if "mean" in value else value["value"], digits)
-    low, high = value["low"], value["high"]
-    return text if low is None else f"{text} ± {show((high - low) / 2, digits)}"
+    mean, low, high = value.get("mean", value.get("value")), value["low"], value["high"]
+    if low is None:
+        return show(mean, digits)
+    if abs(high + low - 2 * mean) > 0.2 * (high - low) / 2:  # Not the middle.
+        return f"{show(mean, digits)} ({show(low, digits)}–{show(high, digits)})"
+    return f"{show(mean, digits)} ± {show((high - low) / 2, digits)}"
 
 
 def render_table(rows: list[dict], columns: tuple) -> str:
@@ -1076,7 +1075,7 @@ def render_table(rows: list[dict], columns: tuple) -> str:
 
 
 # %%
-# What published figures allow, under one protocol: the baseline's perplexity, ratios.
+# Inferred from published figures of one protocol: the baseline's perplexity, ratios.
 KNOWN = ("Qwen2.5-0.5B-Instruct", WIKITEXT, 2048, 0)
 BANDS = {
     "00_fp16_baseline": (13.9, 14.6), "01_fp8_dynamic": (0.98, 1.02),
@@ -1102,39 +1101,39 @@ def render_warnings(results: dict) -> list[str]:
         low, high = BANDS.get(label, (0, math.inf))
         if known and not low <= value <= high:
             said.append(f"Warning: {label} is at {value:.3f}, outside of the {low} to "
-                        f"{high} that published figures of this model allow.")
+                        f"{high} inferred from published figures of this model.")
     return said
 
 
 # %%
 def render_verdict(rows: list[dict]) -> list[str]:
     """What the figures say, each sentence guarded by its interval."""
-    def differs(ratio: dict) -> bool:  # One or two windows have no interval.
-        return ratio["low"] is not None and not ratio["low"] <= 1 <= ratio["high"]
-
     rows = {row["label"]: row for row in rows if row["status"] == "ok"}
     quantized = {k: row["perplexity_ratio"] for k, row in rows.items() if k != BASELINE}
     if not quantized:
         return ["No quantized variant was measured: nothing to compare."]
-    alike = " and ".join(k for k, ratio in quantized.items() if not differs(ratio))
-    said = [f"In perplexity, {alike} cannot be told from FP16: no 95 % interval that "
-            "excludes a ratio of 1." if alike else "In perplexity, every quantized "
-            "variant differs from FP16: all 95 % intervals exclude a ratio of 1."]
+    if None in (ratio["low"] for ratio in quantized.values()):
+        said = ["Too few windows for an interval: no difference can be claimed."]
+    elif alike := [k for k, r in quantized.items() if r["low"] <= 1 <= r["high"]]:
+        names = " and ".join(f"{k} (at most {quantized[k]['high']:.4f})" for k in alike)
+        told = all(rows[k]["kld"]["low"] > 0 for k in alike)
+        said = [f"In perplexity ratio, {names} cannot be told from the baseline"
+                + ("; KLD tells the difference." if told else ".")]
+    else:
+        said = ["In perplexity, every quantized variant differs from the baseline."]
     for label, ratio in quantized.items():
         size, same = rows[label]["size_ratio"], rows[label]["top1_agreement"]
         saves = f"saves {100 - 100 * size:.1f} % of the bytes, " if size else ""
         said.append(f"{label} {saves}multiplies perplexity by {show(ratio, 4)} and "
                     f"keeps the most probable token in {show(same, 1)} % of places.")
-    if {"02_gptq_w4a16", CONTROL} <= rows.keys():
-        gptq, control = rows["02_gptq_w4a16"], rows[CONTROL]
-        losses = [torch.tensor(row["window_losses"], dtype=torch.float64)
-                  for row in (gptq, control)]
-        ratio = estimate(losses[0] - losses[1], torch.arange(len(losses[0])), math.exp)
-        found = "cannot be told from" if not differs(ratio) else (
-            "beat" if ratio["value"] < 1 else "did worse than")
-        said.append(f"GPTQ {found} round-to-nearest in the same format: perplexity x "
-                    f"{show(ratio, 4)}, KLD {gptq['kld']['mean']:.4f} against "
-                    f"{control['kld']['mean']:.4f}.")
+    if {"02_gptq_w4a16", CONTROL} <= rows.keys():  # By KLD: perplexity's errors cancel.
+        gptq, control = (rows[label]["kld"] for label in ("02_gptq_w4a16", CONTROL))
+        apart = None not in (gptq["low"], control["low"]) and (
+            gptq["high"] < control["low"] or control["high"] < gptq["low"])
+        found = "cannot be told from" if not apart else (
+            "beat" if gptq["mean"] < control["mean"] else "did worse than")
+        said.append(f"GPTQ {found} round-to-nearest in the same format: KLD "
+                    f"{show(gptq, 5)} against {show(control, 5)}.")
     elif "02_gptq_w4a16" in rows:
         said.append(f"What GPTQ buys over plain rounding, {CONTROL} would show.")
     return said
@@ -1166,11 +1165,12 @@ def render_summary(results: dict, prompts: int) -> str:
                             for row in rows if row["kld"]], default=(0, 0))
     quality = (
         f"Quality on {config['eval_text']}: {scored:,} tokens scored in windows of "
-        f"{config['window']:,}, the first of each unscored; KLD and top-1 are of "
-        f"{compared:,} of them. ±: half a 95 % interval. ratio: perplexity to FP16's. "
-        "KLD: KL divergence from FP16, nats. top-1: same most probable token. tokens: "
-        f"how many before greedy completions of {len(PROMPTS)} prompts differ from "
-        f"FP16's, {config['new_tokens']} if never. MB: 10^6 bytes of safetensors.")
+        f"{config['window']:,}, the first of each unscored; KLD and top-1 at "
+        f"{compared:,} of them. ±: half a 95 % interval. size, ratio: bytes and "
+        "perplexity over the baseline's. Against the unquantized model: KLD: KL "
+        "divergence, nats. top-1: same most probable token. tokens: number until "
+        f"greedy completions of {len(PROMPTS)} prompts differ, {config['new_tokens']} "
+        "if never. MB: 10^6 bytes of safetensors.")
     speed = (f"Speed: greedy completion of {config['new_tokens']} tokens, batch 1, "
              f"median (min–max) of {config['repeats']}.")
     notes = render_verdict(rows) + render_warnings(results)

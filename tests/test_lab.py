@@ -194,9 +194,9 @@ def test_table_is_what_results_say(demo):
         line, = (line for line in table.split("\n") if row["label"] in line)
         assert f" {row['perplexity']:.2f} ±" in line and f" {row['size_ratio']:.3f} " in line
         assert f" {row['perplexity_ratio']['value']:.4f} ±" in line
-        assert f" {row['kld']['mean']:.4f} ±" in line
-        assert f" {row['top1_agreement']['value']:.2f} ±" in line
-        assert f" {row['divergence']['mean']:.1f} ±" in line
+        assert f" {row['kld']['mean']:.5f} ±" in line
+        assert f" {row['top1_agreement']['value']:.1f} ±" in line
+        assert f" {row['divergence']['mean']:.0f} ±" in line
 
 
 def test_completions_stand_side_by_side(demo):
@@ -281,7 +281,7 @@ def die_at(monkeypatch, owner, name, number):
 @pytest.mark.parametrize("owner, name, number, done, made", [
     (quant_lab, "load_model", 4, 1, 1), (quant_lab, "apply_recipe", 2, 2, 2),
     (quant_lab.Path, "rename", 3, 2, 2), (quant_lab, "measure_quality", 3, 2, 3),
-    (quant_lab, "measure_reference", 1, 0, 1),
+    (quant_lab, "measure_reference", 1, 0, 0),
     (quant_lab, "measure_speed", 4, 3, 4), (quant_lab, "write_json", 8, 3, 4)])
 def test_what_is_finished_survives_a_death(lab, monkeypatch, owner, name, number, done, made):
     """Killed in any step: finished rows and checkpoints are kept, the rest is redone."""
@@ -469,7 +469,9 @@ def test_without_a_reference_each_row_says_so(lab, monkeypatch):
     rows = quant_lab.run_lab(lab("--variants", *LABELS[:2]), [])["variants"]
     for row in rows:
         assert row["status"] == "failed" and "unquantized model" in row["error"]
-        assert "not finite" in row["error"] and row["weight_bytes"] > 0
+        assert "not finite" in row["error"]
+    assert not list((lab().output / "checkpoints").iterdir()), "nothing was made in vain"
+    assert "overflow" in (lab().output / "log.txt").read_text(), "with its traceback"
 
 
 def test_missing_weights_fail_the_row(run_script, quick, small, tmp_path):
@@ -512,13 +514,16 @@ def test_committed_intervals_follow_from_the_committed_losses(folder):
     rows = strict(folder / "results.json")["variants"]
     base = rows[0]["window_losses"]
     for row in rows:
-        losses = row["window_losses"]
-        factor = quantile_of_t(len(losses) - 1) / len(losses) ** 0.5
-        for key, values in (("perplexity_interval", losses), (
-                "perplexity_ratio", [a - b for a, b in zip(losses, base)])):
-            mean, width = statistics.mean(values), statistics.stdev(values) * factor
+        for key, values in (("perplexity_interval", row["window_losses"]), (
+                "perplexity_ratio", [a - b for a, b in zip(row["window_losses"], base)])):
+            mean, count = statistics.mean(values), min(len(values), 30)
+            blocks = [0.0] * count
+            for number, value in enumerate(values):
+                blocks[number * count // len(values)] += value - mean
+            width = quantile_of_t(count - 1) * statistics.stdev(blocks) * (
+                count ** 0.5 / len(values))
             for name, side in (("value", 0), ("low", -1), ("high", 1)):
-                assert row[key][name] == pytest.approx(math.exp(mean + side * width), rel=1e-4)
+                assert row[key][name] == pytest.approx(math.exp(mean + side * width), rel=1e-3)
 
 
 def make_hub(folder: Path):
