@@ -105,6 +105,7 @@ def test_divergence_orders_the_demos_variants(demo, run_script, tmp_path):
     results = strict(folder / "results.json")
     rows = {row["label"]: row for row in results["variants"]}
     assert list(rows) == [*LABELS, "rtn_w4a16"]
+    assert results["variants"][:4] == demo[2]["variants"], "nothing is measured twice"
     fp16, fp8, gptq, rtn = (rows[label]["kld"] for label in (*LABELS[:3], "rtn_w4a16"))
     assert fp16["mean"] <= fp8["low"] and fp8["high"] < gptq["low"]
     assert gptq["high"] < rtn["low"]
@@ -160,7 +161,7 @@ def test_checkpoints_say_what_they_are(demo):
     assert not list((folder / "checkpoints").glob("*.partial"))
 
 
-@pytest.mark.parametrize("number", [0, 2, 3])
+@pytest.mark.parametrize("number", [2, 3])
 def test_perplexity_as_transformers_computes_it(demo, number):
     """The library's own loss, window by window, on the checkpoint as anyone loads it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -211,14 +212,6 @@ def test_completions_stand_side_by_side(demo):
             said = quant_lab.plain(row["divergence"]["completions"][number]["completion"])
             found = "".join(line[start:end] for line in lines[2:])
             assert found.replace(" ", "") == said.replace(" ", "")
-
-
-def test_a_second_run_measures_nothing(demo):
-    _, folder, before = demo
-    again = run_process("--demo", "--output-dir", folder,
-                        *(["--device", "cpu"] if torch.cuda.is_available() else []))
-    assert again.returncode == 0 and again.stdout.count("finished before") == 4
-    assert strict(folder / "results.json")["variants"] == before["variants"]
 
 
 def test_tokenizer_travels_with_the_checkpoint(demo):
