@@ -1149,8 +1149,9 @@ def render_completions(rows: list[dict], number: int) -> list[str]:
     rows = [row for row in rows if row["divergence"]]
     width, columns = 112 // max(len(rows), 1) - 3, []
     for row in rows:
-        text = plain(row["divergence"]["completions"][number]["completion"])
-        columns.append([row["label"][:width], "-" * width, *textwrap.wrap(text, width)])
+        said = row["divergence"]["completions"][number]
+        columns.append([row["label"][:width], f"{said['same_tokens']} tokens alike",
+                        "-" * width, *textwrap.wrap(plain(said["completion"]), width)])
     return [f"**{PROMPTS[number]}**", "", *(
         "    " + " | ".join(f"{cell:{width}}" for cell in line).rstrip()
         for line in zip_longest(*columns, fillvalue="")), ""]

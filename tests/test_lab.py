@@ -209,9 +209,11 @@ def test_completions_stand_side_by_side(demo):
         lines = block.split("\n")
         starts = [lines[0].index(row["label"]) for row in rows]
         for row, start, end in zip(rows, starts, [*(s - 3 for s in starts[1:]), 120]):
-            said = quant_lab.plain(row["divergence"]["completions"][number]["completion"])
-            found = "".join(line[start:end] for line in lines[2:])
-            assert found.replace(" ", "") == said.replace(" ", "")
+            said = row["divergence"]["completions"][number]
+            found = "".join(line[start:end] for line in lines[3:])
+            assert found.replace(" ", "") == (
+                quant_lab.plain(said["completion"]).replace(" ", ""))
+            assert lines[1][start:end].strip() == f"{said['same_tokens']} tokens alike"
 
 
 def test_tokenizer_travels_with_the_checkpoint(demo):
@@ -465,6 +467,27 @@ def test_without_a_reference_each_row_says_so(lab, monkeypatch):
         assert "not finite" in row["error"]
     assert not list((lab().output / "checkpoints").iterdir()), "nothing was made in vain"
     assert "overflow" in (lab().output / "log.txt").read_text(), "with its traceback"
+
+
+def test_a_variant_that_overflows_alone_fails_alone(lab, monkeypatch):
+    """The checkpoint of one variant gives NaN; the reference and the others do not."""
+    from safetensors.torch import load_file, save_file
+
+    real = quant_lab.quantize_variant
+
+    def spoil(label, key, lab):
+        real(label, key, lab)
+        file = lab.output / "checkpoints" / label / "model.safetensors"
+        if label == LABELS[1]:
+            tensors = load_file(file)
+            tensors["model.norm.weight"][3] = float("nan")
+            save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(quant_lab, "quantize_variant", spoil)
+    rows = quant_lab.run_lab(lab("--variants", *LABELS[:2]), [])["variants"]
+    assert [row["status"] for row in rows] == ["ok", "failed"], rows[1]["error"]
+    assert "float16" in rows[1]["error"] and "--dtype" in rows[1]["error"]
+    assert "unquantized" not in rows[1]["error"] and rows[1]["kld"] is None
 
 
 def test_missing_weights_fail_the_row(run_script, quick, small, tmp_path):
