@@ -1116,7 +1116,7 @@ def render_verdict(rows: list[dict]) -> list[str]:
         said = ["Too few windows for an interval: no difference can be claimed."]
     elif alike := [k for k, r in quantized.items() if r["low"] <= 1 <= r["high"]]:
         names = " and ".join(f"{k} (at most {quantized[k]['high']:.4f})" for k in alike)
-        told = all(rows[k]["kld"]["low"] > 0 for k in alike)
+        told = all(rows[k]["kld"]["low"] for k in alike)  # Neither 0 nor unknown.
         said = [f"In perplexity ratio, {names} cannot be told from the baseline"
                 + ("; KLD tells the difference." if told else ".")]
     else:

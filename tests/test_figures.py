@@ -442,6 +442,13 @@ def test_one_window_claims_no_difference():
     assert "GPTQ cannot be told from round-to-nearest" in said[-1]
 
 
+@pytest.mark.parametrize("low", [None, 0.0])
+def test_kld_tells_no_difference_where_its_interval_does_not(low):
+    """With --kld-tokens 2 there are many windows for the ratio, too few for KLD."""
+    said, _ = say(make_row(FP8, kld=dict(mean=0.01, low=low, high=None, tokens=2)))
+    assert "cannot be told from the baseline." in said[0] and "KLD" not in said[0]
+
+
 @pytest.mark.parametrize("value, text", [
     (dict(value=1.35, low=1.01, high=1.80), "1.35 (1.01–1.80)"),
     (dict(mean=20.0, low=0.0, high=41.4), "20.00 ± 20.70"),
