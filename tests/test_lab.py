@@ -161,7 +161,7 @@ def test_checkpoints_say_what_they_are(demo):
     assert not list((folder / "checkpoints").glob("*.partial"))
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [0, 2, 3])
 def test_perplexity_as_transformers_computes_it(demo, number):
     """The library's own loss, window by window, on the checkpoint as anyone loads it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
