@@ -1,6 +1,5 @@
 # ---
 # jupyter:
-#   jupytext: {text_representation: {extension: .py, format_name: percent}}
 #   kernelspec: {display_name: Python 3, language: python, name: python3}
 #   accelerator: GPU
 #   colab: {gpuType: T4}
@@ -12,8 +11,8 @@
 
 **What is measured.** A causal language model in float16 and three compressed-tensors
 checkpoints of it made by llmcompressor (FP8 dynamic, GPTQ W4A16, SmoothQuant + GPTQ
-W8A8): bytes on disk; perplexity, KL divergence from the unquantized model, agreement
-with it; seconds to quantize, latency, tokens per second.
+W8A8): bytes on disk and in memory; perplexity, KL divergence from the unquantized
+model, agreement with it; time to the first token and per token, alone and in batches.
 
 **Why.** A recipe's name does not tell what it costs in quality or buys in bytes and
 time *on your model and your GPU*. Every variant, the baseline included, goes through
@@ -53,7 +52,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +60,12 @@ from types import SimpleNamespace
 import psutil
 import torch
 from torch.nn import functional as F
+
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # Comes with PyTorch for GPUs only.
+    triton = None
 
 # %% [markdown]
 """
@@ -113,6 +118,7 @@ VARIANTS = {
         m.QuantizationModifier(scheme="W4A16", **LINEAR)]),
 }
 BASELINE, CONTROL = "00_fp16_baseline", "rtn_w4a16"
+SHORT = dict(float16="fp16", bfloat16="bf16", float32="fp32")
 
 # %% [markdown]
 """
@@ -164,7 +170,11 @@ class Options:
     dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
     smoothing_strength: float = option(0.8, "less leaves more to activations", 0, 1)
     new_tokens: int = option(64, "length of the completions", 2)
+    batch_sizes: tuple = option((1, 8, 32), "sequences decoded at once; 1 always is", 1)
     repeats: int = option(5, "more if the range of the timings is wide", 1)
+    execution: str = option("packed", "emulated is what plain transformers does",
+                            choices=("packed", "emulated"))
+    no_compile: bool = option(False, "a quick look at speed; a CPU never compiles")
     dtype: str = option("float16", "bfloat16 or float32 if float16 overflows",
                         choices=("float16", "bfloat16", "float32"))
     device: str = option("auto", "cpu runs anywhere", choices=("auto", "cuda", "cpu"))
@@ -175,7 +185,7 @@ class Options:
 
 DEMO = dict(model="tests/tiny-qwen2", calibration_data=PYTHON_HELP,
             eval_text=PYTHON_HELP, calibration_samples=32, calibration_length=512,
-            window=512)
+            window=512, batch_sizes=(1, 8))
 
 
 # %%
@@ -224,8 +234,9 @@ def parse_options(words: list[str]) -> Options:
     flags = {f: "--" + f.name.replace("_", "-") for f in fields(Options)}
     for f, flag in flags.items():
         kind, shown = type(f.default), f.default != "" and type(f.default) is not bool
-        how = dict(action="store_true") if kind is bool else dict(nargs="+") if (
-            kind is tuple) else dict(type=kind, choices=f.metadata["choices"])
+        how = dict(action="store_true") if kind is bool else (
+            dict(nargs="+", type=type(f.default[0])) if kind is tuple else
+            dict(type=kind, choices=f.metadata["choices"]))
         parser.add_argument(flag, default=f.default, **how, help=f.metadata["remark"]
                             + (" [%(default)s]" if shown else ""))
     parser.set_defaults(**(DEMO if "--demo" in words else {}))
@@ -236,10 +247,12 @@ def parse_options(words: list[str]) -> Options:
     for f, flag in flags.items():
         low, high = f.metadata["low"], f.metadata["high"]
         value = getattr(options, f.name)
-        if low is not None and not low <= value <= high:
-            stop(f"{flag} {value}: must be at least {low}"
-                 + ("" if high == math.inf else f" and at most {high}"))
-    return replace(options, variants=tuple(v for v in VARIANTS if v in asked))
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if low is not None and not low <= one <= high:
+                stop(f"{flag} {one}: must be at least {low}"
+                     + ("" if high == math.inf else f" and at most {high}"))
+    return replace(options, variants=tuple(v for v in VARIANTS if v in asked),
+                   batch_sizes=tuple(sorted({1, *options.batch_sizes})))
 
 
 # %%
@@ -526,6 +539,7 @@ class Lab:
     tokenizer: object
     eval_ids: torch.Tensor
     samples: list[list[int]]
+    context: int = 2**31
 
 
 if __name__ == "__main__":
@@ -535,7 +549,7 @@ if __name__ == "__main__":
     SAMPLES = load_calibration(OPTIONS, TOKENIZER, CONTEXT) if calibrated else []
     OUTPUT = prepare_output(OPTIONS, MACHINE)
     LAB = Lab(OPTIONS, DEVICE, MACHINE, VERSIONS, OUTPUT, MODEL, TOKENIZER, EVAL_IDS,
-              SAMPLES)
+              SAMPLES, CONTEXT)
 
 # %% [markdown]
 """
@@ -680,6 +694,192 @@ def quantize_variant(label: str, key: str, lab: Lab) -> None:
 
 # %% [markdown]
 """
+## Packed execution
+
+Plain transformers unpacks a compressed checkpoint to 16 bits on its first forward, and
+simulates the rounding of activations (`--execution emulated`). Here a Linear keeps the
+checkpoint's tensors and chooses by format, GPU and rows (tokens at once):
+
+- **Tensor cores** for several rows: 8-bit times 8-bit, the product is scaled. INT8 from
+  SM 7.5 (T4), FP8 from SM 8.9.
+- **In registers** for one row, where the time goes into reading weights: they are read
+  packed and unpacked on the way into the product. torch.compile fuses the two for 8
+  bits; of int4 it would read each word eight times, hence a kernel.
+- **Dequantized** otherwise: a 16-bit copy, one layer at a time.
+
+Activations are rounded per token by the operations of compressed-tensors: on a CPU the
+logits equal the emulated ones bit for bit. `runs_as` names what ran.
+"""
+
+
+# %%
+def read_e4m3(code: torch.Tensor, native: bool) -> torch.Tensor:
+    """Values of FP8 E4M3 codes held as int8, float32 or float16; exact."""
+    if native:
+        return code.view(torch.float8_e4m3fn).float()
+    # Kernels below SM 8.9 know no FP8: move the fields to where float16 has them.
+    return ((code.to(torch.int16) << 7) & ~(1 << 14)).view(torch.float16) * 2**8
+
+
+def round_e4m3(x: torch.Tensor, native: bool) -> torch.Tensor:
+    """x, within +-448, rounded to the nearest FP8 E4M3 value, ties to even."""
+    if native:
+        return x.to(torch.float8_e4m3fn).to(x.dtype)
+    power = (x.float().view(torch.int32) & 0x7F800000).view(torch.float32)
+    step = power.clamp(min=2**-6) / 8  # Three bits follow the leading one.
+    return (torch.round(x / step) * step).to(x.dtype)
+
+
+@torch.library.custom_op("quant_lab::fp8_mm", mutates_args=())
+def fp8_mm(x: torch.Tensor, weight: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    """x [n, in] @ weight [out, in].T, both FP8, as float32; one is the scale 1.0.
+
+    An operator of its own, since torch.compile cannot trace F.scaled_mm in torch 2.11.
+    """
+    kind = F.ScalingType.TensorWise
+    return F.scaled_mm(x, weight.t(), one, kind, one, kind, output_dtype=torch.float32)
+
+
+# %%
+fp8_mm.register_fake(lambda x, weight, one: x.new_empty(
+    len(x), len(weight), dtype=torch.float32))
+
+if triton:
+    @triton.jit
+    def int4_kernel(x, packed, scale, y, rows, WORDS: tl.constexpr, GROUP: tl.constexpr,
+                    ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row = tl.minimum(row, rows - 1)[:, None]  # The last ones may be done twice.
+        total = tl.zeros([ROWS, BLOCK], tl.float32)
+        for begin in range(0, WORDS, BLOCK):
+            word = begin + tl.arange(0, BLOCK)[None, :]
+            inside = word < WORDS
+            bits = tl.load(packed + row * WORDS + word, mask=inside, other=0)
+            part = tl.zeros([ROWS, BLOCK], tl.float32)
+            for i in tl.static_range(8):
+                value = tl.load(x + i * WORDS + word, mask=inside, other=0)
+                part += (((bits >> (4 * i)) & 15) - 8).to(tl.float32) * value
+            factor = tl.load(scale + row * (WORDS // GROUP) + word // GROUP,
+                             mask=inside, other=0)
+            total += part * factor.to(tl.float32)
+        tl.store(y + row, tl.sum(total, 1)[:, None])
+
+
+def multiply_int4(x, packed, scale) -> torch.Tensor:
+    """x [in] times int4 weights, packed [out, in / 8] with scale [out, groups]: [out].
+
+    x goes along as eight rows, one for each place in a word.
+    """
+    (rows, words), planes = packed.shape, x.view(-1, 8).t().float().contiguous()
+    y, block = planes.new_empty(rows), min(512, triton.next_power_of_2(words))
+    int4_kernel[(triton.cdiv(rows, 4),)](
+        planes, packed, scale, y, rows, words, words // scale.shape[1], 4, block,
+        num_warps=max(block // 128, 1))
+    return y
+
+
+# %%
+def dequantize(kind: str, weight, scale, native: bool) -> torch.Tensor:
+    """The weight [out, in] of a PackedLinear in the dtype of its scale."""
+    if kind == "int4":  # Stored with 8 added, the first in the lowest bits.
+        places = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+        weight = ((weight[..., None] >> places & 15) - 8).to(scale.dtype)
+        return (weight.view(*scale.shape, -1) * scale[..., None]).flatten(1)
+    weight = read_e4m3(weight, native) if kind == "fp8" else weight
+    return weight.to(scale.dtype) * scale
+
+
+def quantize(kind: str, x, native: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x over its scale, rounded, in x's dtype; the scale [..., 1], one per token."""
+    scale = x.abs().amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
+    scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
+    if kind == "int8":
+        return (x / scale).clamp(-128, 127).round(), scale
+    return round_e4m3((x / scale).clamp(-448, 448), native), scale
+
+
+# %%
+class PackedLinear(torch.nn.Module):
+    """A quantized Linear on the tensors of its checkpoint.
+
+    weight [out, in] as int8 (FP8: its codes) or, int4, [out, in / 8], eight per int32;
+    scale [out, groups], one group unless int4. sm: the GPU's compute capability,
+    (0, 0) on a CPU. ValueError for formats that none of the recipes writes.
+    """
+
+    def __init__(self, linear: torch.nn.Module, sm: tuple[int, int]):
+        super().__init__()
+        weights = linear.quantization_scheme.weights
+        self.kind = "fp8" if weights.type == "float" else f"int{weights.num_bits}"
+        stored = getattr(linear, "weight_packed", getattr(linear, "weight", None))
+        size = dict(int4=torch.int32, int8=torch.int8, fp8=torch.int8).get(self.kind)
+        if not size or not weights.symmetric or hasattr(linear, "weight_g_idx"):
+            raise ValueError("this format runs with --execution emulated only")
+        self.weight = torch.nn.Parameter(stored.data.view(size), requires_grad=False)
+        self.scale, self.bias, self.sm = linear.weight_scale, linear.bias, sm
+        self.register_buffer("one", torch.ones(()), persistent=False)
+        self.native = sm == (0, 0) or sm >= (8, 9)  # Whether kernels know FP8.
+
+    def route(self, rows: int, compiled: bool) -> str:
+        """How so many rows are multiplied; the reason, if they are dequantized."""
+        needs = dict(int4=(99, 0), int8=(7, 5), fp8=(8, 9))[self.kind]
+        kernel = triton and self.sm > (0, 0)
+        if rows == 1 and (kernel if self.kind == "int4" else compiled):
+            wide = "int32" if self.kind == "int8" else "fp32"
+            return f"{self.kind}→{wide} in registers"
+        if rows > 1 and self.sm >= needs and not any(n % 16 for n in self.weight.shape):
+            return f"{self.kind} tensor cores"
+        why = "the kernel needs a GPU" if self.kind == "int4" else "not compiled"
+        if rows > 1:
+            why = "PyTorch multiplies no int4" if self.kind == "int4" else (
+                f"tensor cores need SM {needs[0]}.{needs[1]}"
+                if self.sm < needs else "16 does not divide its width")
+        return f"dequantized to {SHORT[str(self.scale.dtype)[6:]]} ({why})"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.numel() // x.shape[-1]
+        way = self.route(rows, torch.compiler.is_compiling())
+        bias, scale = self.bias, None
+        if self.kind != "int4":
+            x, scale = quantize(self.kind, x, self.native)
+        if way.startswith("dequantized"):
+            x = x if scale is None else x * scale
+            weight = dequantize(self.kind, self.weight, self.scale, self.native)
+            return F.linear(x, weight, bias)
+        y = multiply(self, x.reshape(rows, -1))
+        if scale is not None:
+            y = y.float() * (scale.reshape(rows, 1).float() * self.scale.float().t())
+        y = y if bias is None else y + bias.float()
+        return y.to(self.scale.dtype).view(*x.shape[:-1], -1)
+
+
+# %%
+def multiply(linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+    """x [rows, in], quantized, times the packed weight: [rows, out], not yet scaled."""
+    weight, rows, fp8 = linear.weight, len(x), torch.float8_e4m3fn
+    if linear.kind == "int4":
+        return multiply_int4(x[0], weight, linear.scale)[None]
+    if rows > 1 and linear.kind == "fp8":
+        return fp8_mm(x.to(fp8), weight.view(fp8), linear.one)
+    if rows > 1:  # _int_mm wants more than 16 rows.
+        x = F.pad(x, (0, 0, 0, 32 - rows)) if rows <= 16 else x
+        return torch._int_mm(x.to(torch.int8), weight.t())[:rows]
+    if linear.kind == "fp8":
+        return (read_e4m3(weight, linear.native).float() * x.float()).sum(-1)[None]
+    return (weight.to(torch.int32) * x.to(torch.int32)).sum(-1, dtype=torch.int32)[None]
+
+
+def pack_model(model, sm: tuple[int, int]) -> None:
+    """Put a PackedLinear in the place of each quantized Linear transformers loaded."""
+    if hook := getattr(model, "ct_decompress_hook", None):
+        hook.remove()
+        del model.ct_decompress_hook
+    for name, module in list(model.named_modules()):
+        if getattr(module, "quantization_scheme", None):
+            model.set_submodule(name, PackedLinear(module, sm))
+
+# %% [markdown]
+"""
 ## Measure quality
 
 **Perplexity**, as in the GPTQ paper: the text is tokenized once and cut into windows of
@@ -755,7 +955,11 @@ def place_model(folder: Path, lab: Lab):
     """A causal LM on the lab's device, its defaults for sampling put aside."""
     from transformers import GenerationConfig
 
-    model = load_model(folder, lab.options).to(lab.device)
+    model = load_model(folder, lab.options)
+    if lab.options.execution == "packed":
+        cuda = lab.device.type == "cuda"
+        pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
+    model.to(lab.device)
     # A new object: whatever generate is not told comes from the model's own defaults.
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id or lab.tokenizer.eos_token_id,
@@ -844,63 +1048,246 @@ def measure_quality(model, lab: Lab, reference: SimpleNamespace) -> dict:
 """
 ## Measure speed
 
-For one sequence: greedy completion of a chat prompt, forced to exactly `--new-tokens`
-tokens, the model's sampling defaults put aside; eager, dynamic cache. One warm-up, then
-`--repeats` runs, the device synchronized before each reading of the clock. Latency is
-the whole completion; tokens/s counts what follows the first token. Plain transformers
-unpacks a compressed checkpoint on its first forward and simulates the rounding of
-activations: quality is that of the format, speed is not. `runs_as` says so.
+Greedy decoding as servers do it: a static cache, tokens that never leave the GPU, all
+decoder layers compiled as one function, prefill and step as CUDA graphs. A prompt of
+512 tokens of the evaluation text is continued by exactly `--new-tokens` tokens.
+
+- **TTFT**, time to the first token: the prefill of the prompt, one sequence.
+- **ITL**, inter-token latency: seconds after the first token per token after it, for 1,
+  8 and 32 copies of the sequence (`--batch-sizes`). **tokens/s** is batch over ITL.
+- **Memory**: of the weights, after running; at the peak, while one sequence decodes.
+- **Bandwidth**: the bytes that a step reads (weights, but not an embedding that is only
+  looked up; cache) over ITL, as a part of what copying 1 GB reaches in the same run.
+  The rest to 100 % is overhead.
+
+Median (min–max) of `--repeats` runs after a warm-up, the device synchronized before
+each look at the clock. A CPU does not compile, nor do `--no-compile` and `emulated`.
 """
 
 
 # %%
-@torch.no_grad()
-def measure_speed(model, prompt: dict, new_tokens: int, repeats: int) -> dict:
-    """Seconds per completion of exactly `new_tokens`, tokens/s after the first one."""
-    from transformers import StoppingCriteriaList
+def summarize(samples: list[float]) -> dict:
+    """Median, least and greatest of the samples, and these."""
+    return dict(median=statistics.median(samples), min=min(samples), max=max(samples),
+                samples=samples)
 
-    def now() -> float:
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
-    def mark_first(ids, scores, **unused) -> torch.Tensor:
-        marks.append(now() if len(marks) == 1 else 0.0)
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+def now(device: torch.device) -> float:
+    """Seconds of the clock, once the device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    def summarize(samples: list[float]) -> dict:
-        return dict(median=statistics.median(samples), min=min(samples),
-                    max=max(samples), samples=samples)
 
-    latencies, rates = [], []
-    for repeat in range(1 + repeats):
-        marks = [now()]
-        tokens = model.generate(
-            **prompt, do_sample=False, min_new_tokens=new_tokens,
-            max_new_tokens=new_tokens,
-            stopping_criteria=StoppingCriteriaList([mark_first]))
-        start, first, end = *marks[:2], now()
-        if (made := tokens.shape[1] - prompt["input_ids"].shape[1]) != new_tokens:
-            raise RuntimeError(f"{made} tokens were generated instead of {new_tokens}")
-        if repeat:
-            latencies.append(end - start)
-            rates.append((new_tokens - 1) / (end - first))
-    return dict(latency_s=summarize(latencies), decode_tok_s=summarize(rates))
+@cache
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, that copying a large tensor reaches."""
+    size, seconds = 10**9 if device.type == "cuda" else 10**8, []
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = source.clone()
+    for _ in range(10):
+        start = now(device)
+        target.copy_(source)
+        seconds.append(now(device) - start)
+    return 2 * size / statistics.median(seconds)
 
 
 # %%
-def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace) -> dict:
-    """Quality and speed of a checkpoint, loaded from disk."""
+class LayerCache:
+    """One layer's cache in the place of the model's: so all layers share a graph."""
+
+    def __init__(self, layer):
+        self.update = lambda keys, values, *_, **__: layer.update(keys, values)
+
+
+class LinearThenBias(torch.nn.Linear):
+    """A Linear whose product torch.compile can fuse: it does that to mm, not addmm."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + self.bias
+
+
+def compile_layers(model) -> None:
+    """Make all decoder layers run as one compiled function.
+
+    Coordinate descent makes a one-row product a fused multiply-and-sum; being slow to
+    compile, it is left to the graph of one row.
+    """
+    torch._dynamo.reset()
+    layers = model.get_decoder().layers
+    for module in layers.modules():
+        if type(module) is torch.nn.Linear and module.bias is not None:
+            module.__class__ = LinearThenBias
+    forward, tuned = type(layers[0]).forward, {"coordinate_descent_tuning": True}
+    many = torch.compile(forward, fullgraph=True)
+    row = torch.compile(forward, fullgraph=True, options=tuned)
+
+    def run(layer, number, hidden, *inputs, past_key_values, **named):
+        return (row if hidden.shape[:2] == (1, 1) else many)(
+            layer, hidden, *inputs, **named,
+            past_key_values=LayerCache(past_key_values.layers[number]))
+
+    for number, layer in enumerate(layers):
+        layer.forward = partial(run, layer, number)
+
+
+# %%
+def record(step: Callable, rewind: Callable, device, compiled: bool) -> Callable:
+    """The step, twice warmed up; compiled on a GPU, as the replay of a CUDA graph."""
+    for _ in range(2):
+        rewind()
+        step()
+    rewind()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cpu" or not compiled:
+        return step
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+# %%
+class Decoder:
+    """Greedy decoding of `batch` copies of a prompt, ids [1, n].
+
+    first: a Decoder of one copy, whose cache is copied. seconds: what preparing took,
+    compiling included. token: ids [batch, 1], the newest.
+    """
+
+    def __init__(self, model, prompt, new_tokens, compiled, first=None, batch=1):
+        from transformers.cache_utils import Cache, StaticLayer
+
+        begin, length = now(model.device), prompt.shape[1] + new_tokens
+        self.model, self.start = model, prompt.shape[1]
+        self.layers = [StaticLayer(length) for _ in model.get_decoder().layers]
+        self.cache = Cache(layers=self.layers)
+        self.token = prompt[:, -1:].repeat(batch, 1)
+        mask = torch.ones(self.start, length, dtype=torch.bool, device=model.device)
+        inputs = dict(input_ids=prompt, attention_mask=mask.tril()[None, None])
+        if first is None:
+            self.advance(**inputs)  # Uncompiled: it makes the tensors of the cache.
+            if compiled:
+                compile_layers(model)
+            self.prefill = record(partial(self.advance, **inputs),
+                                  partial(self.rewind, 0), model.device, compiled)
+            self.prefill()
+        for mine, known in zip(self.layers, first.layers if first else ()):
+            copies = [x.repeat(batch, 1, 1, 1) for x in (known.keys, known.values)]
+            mine.lazy_initialization(*copies)
+            mine.keys, mine.values = copies
+        self.step = record(partial(self.advance, input_ids=self.token),
+                           partial(self.rewind, self.start), model.device, compiled)
+        self.seconds = now(model.device) - begin
+
+    def advance(self, **inputs) -> None:
+        """Run the model; the most probable next token replaces the newest."""
+        output = self.model(**inputs, past_key_values=self.cache, logits_to_keep=1)
+        self.token.copy_(output.logits.argmax(-1))
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens of the cache."""
+        for layer in self.layers:
+            layer.cumulative_length.fill_(length)
+
+    def run(self, steps: int) -> tuple[float, float]:
+        """Seconds of the prefill, if of one copy, and of the steps after it."""
+        alone, device = len(self.token) == 1, self.model.device
+        self.rewind(0 if alone else self.start)
+        start = now(device)
+        if alone:
+            self.prefill()
+        first = now(device)
+        for _ in range(steps):
+            self.step()
+        return first - start, now(device) - first
+
+
+# %%
+@torch.no_grad()
+def measure_speed(model, prompt: torch.Tensor, options: Options, compiled: bool):
+    """Speed and memory of continuing a prompt [1, n]; a batch may be "OOM"."""
+    steps, decode, alone, seconds = options.new_tokens - 1, [], None, 0
+    for batch in options.batch_sizes:
+        try:
+            decoder = Decoder(model, prompt, steps + 1, compiled, alone, batch)
+            runs = [decoder.run(steps) for _ in range(1 + options.repeats)][1:]
+        except torch.OutOfMemoryError:
+            if alone is None:
+                raise
+            decode.append(dict(batch=batch, tok_s=None, itl_ms=None, step_bytes=None,
+                               bandwidth_fraction=None, error="OOM"))
+            continue
+        itl, seconds = [late / steps for _, late in runs], seconds + decoder.seconds
+        if alone is None:
+            alone, cuda = decoder, model.device.type == "cuda"
+            peak = torch.cuda.max_memory_allocated() if cuda else None
+            single = dict(ttft_s=summarize([first for first, _ in runs]),
+                          latency_s=summarize([sum(run) for run in runs]),
+                          decode_tok_s=summarize([1 / x for x in itl]))
+        held = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
+        looked_up = model.get_input_embeddings().weight
+        tied = looked_up is model.get_output_embeddings().weight
+        read = sum(held.values()) - (0 if tied else looked_up.nbytes) + sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in decoder.layers)
+        decode.append(dict(
+            batch=batch, tok_s=summarize([batch / x for x in itl]),
+            itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
+            bandwidth_fraction=read / statistics.median(itl) / (
+                measure_bandwidth(model.device))))
+    return dict(**single, decode=decode, weights_memory_bytes=sum(held.values()),
+                peak_memory_bytes=peak, compile_seconds=seconds if compiled else None,
+                copy_bandwidth=measure_bandwidth(model.device),
+                prompt_tokens=prompt.shape[1])
+
+
+# %%
+def name_routes(label: str, model, prompt: int, options: Options, compiled: bool):
+    """How the Linears ran, phase by phase."""
+    if label == BASELINE or options.execution == "emulated":
+        return ("" if label == BASELINE else "dequantized to ") + SHORT[options.dtype]
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    rows = dict(prefill=prompt, decode=1) | {
+        f"batch {batch}": batch for batch in options.batch_sizes if batch > 1}
+    phases = {}  # How it ran: the phases of which that is true.
+    for phase, count in rows.items():
+        ways = " and ".join(sorted({m.route(count, compiled) for m in packed}))
+        phases.setdefault(ways, []).append(phase)
+    return " · ".join(f"{', '.join(names)} {ways}" for ways, names in phases.items())
+
+
+def wants_compiling(lab: Lab) -> bool:
+    """Whether decoding is to be compiled."""
     options = lab.options
+    return (lab.device.type == "cuda" and not options.no_compile
+            and options.execution == "packed")
+
+
+def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace) -> dict:
+    """Quality, speed and memory of a checkpoint, loaded from disk."""
+    options, start = lab.options, now(lab.device)
     model = place_model(lab.output / "checkpoints" / label, lab)
+    loaded, how = now(lab.device) - start, "compiled"
     quality = measure_quality(model, lab, reference)
-    prompt = tokenize_prompt(lab.tokenizer, PROMPTS[0]).to(lab.device)
-    speed = measure_speed(model, prompt, options.new_tokens, options.repeats)
-    short = dict(float16="fp16", bfloat16="bf16", float32="fp32")[options.dtype]
     first = quality["divergence"]["completions"][0]
+    length = min(512, lab.context - options.new_tokens)
+    prompt = lab.eval_ids.repeat(length // len(lab.eval_ids) + 1)[None, :length]
+    if not wants_compiling(lab):
+        how = "not compiled"
+    try:
+        speed = measure_speed(
+            model, prompt.to(lab.device), options, how == "compiled")
+    except Exception as error:
+        if how != "compiled" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        traceback.print_exc()  # Goes to the log.
+        how, model = f"not compiled, it failed: {describe(error)}", None
+        model = place_model(lab.output / "checkpoints" / label, lab)
+        speed = measure_speed(model, prompt.to(lab.device), options, False)
+    routes = name_routes(label, model, length, options, how == "compiled")
     return dict(
-        **quality, **speed,
-        runs_as=short if label == BASELINE else f"dequantized to {short}",
+        **quality, **speed, load_seconds=loaded, runs_as=f"{routes} · {how}",
         sample={name: first[name] for name in ("prompt", "completion")})
 
 # %% [markdown]
@@ -919,7 +1306,9 @@ ROW = dict.fromkeys((
     "label", "status", "error", "scheme", "checkpoint", "weight_bytes", "size_ratio",
     "quantize_seconds", "rtn_fallbacks", "perplexity", "perplexity_interval",
     "perplexity_ratio", "tokens_scored", "window_losses", "kld", "top1_agreement",
-    "divergence", "latency_s", "decode_tok_s", "runs_as", "sample", "fingerprint"))
+    "divergence", "load_seconds", "compile_seconds", "weights_memory_bytes",
+    "peak_memory_bytes", "ttft_s", "latency_s", "decode_tok_s", "decode",
+    "copy_bandwidth", "prompt_tokens", "runs_as", "sample", "fingerprint"))
 
 
 def make_keys(lab: Lab) -> dict[str, tuple[str, str]]:
@@ -930,7 +1319,8 @@ def make_keys(lab: Lab) -> dict[str, tuple[str, str]]:
     chats = (hash_files([Path(o.calibration_data).expanduser()]), o.calibration_data,
              o.calibration_samples, o.calibration_length)
     measured = (lab.eval_ids.tolist(), o.window, o.max_windows, o.kld_tokens,
-                o.new_tokens, o.repeats, PROMPTS, BLOCKS, LOGITS_FILE_BYTES)
+                o.new_tokens, o.repeats, PROMPTS, BLOCKS, LOGITS_FILE_BYTES,
+                o.execution, o.no_compile, o.batch_sizes)
     for label, variant in VARIANTS.items():
         made = fingerprint(common, label, repr(build_recipe(label, o)),
                            chats if variant.calibrated else None)
@@ -1032,22 +1422,36 @@ outside the band inferred from published ones of a known model is warned of.
 
 
 # %%
-QUALITY = (("MB", "weight_bytes", 1), ("size", "size_ratio", 3),
-           ("perplexity", "perplexity_interval", 2), ("ratio", "perplexity_ratio", 4),
-           ("KLD", "kld", 5), ("top-1 %", "top1_agreement", 1),
-           ("tokens", "divergence", 0))
-SPEED = (("quantize s", "quantize_seconds", 1), ("latency s", "latency_s", 3),
-         ("tokens/s", "decode_tok_s", 1), ("runs as", "runs_as", 0))
+QUALITY = (("MB", "weight_bytes", 1, 1e-6), ("size", "size_ratio", 3, 1),
+           ("perplexity", "perplexity_interval", 2, 1),
+           ("ratio", "perplexity_ratio", 4, 1), ("KLD", "kld", 5, 1),
+           ("top-1 %", "top1_agreement", 1, 1), ("tokens", "divergence", 0, 1))
+SPEED = (("TTFT ms", "ttft_s", 1, 1000), ("latency s", "latency_s", 3, 1),
+         ("tokens/s", "decode_tok_s", 1, 1))
+COST = (("weights MB", "weights_memory_bytes", 1, 1e-6),
+        ("peak MB", "peak_memory_bytes", 1, 1e-6),
+        ("quantize s", "quantize_seconds", 1, 1), ("load s", "load_seconds", 1, 1),
+        ("compile s", "compile_seconds", 1, 1))
 
 
-def show(value: float | str | dict, digits: int) -> str:
+def list_tables(config: dict) -> list[tuple]:
+    """The columns of the tables: title, key (after @, of a batch), digits, unit."""
+    batches = [batch for batch in config["batch_sizes"] if batch > 1]
+    return [QUALITY, SPEED + tuple(
+        (f"batch {batch}", f"tok_s@{batch}", 0, 1) for batch in batches),
+        COST + tuple((f"bandwidth {batch} %", f"bandwidth_fraction@{batch}", 0, 100)
+                     for batch in (1, *batches))]
+
+
+def show(value: float | str | dict, digits: int, unit: float = 1) -> str:
     """A figure; a timing's median (min–max), an estimate ± half its interval."""
     if isinstance(value, str):
         return plain(value)
     if not isinstance(value, dict):
-        return f"{value:,.{digits if abs(value) < 1000 else 0}f}"
+        return f"{unit * value:,.{digits if abs(unit * value) < 1000 else 0}f}"
     if "samples" in value:
-        median, low, high = (show(value[k], digits) for k in ("median", "min", "max"))
+        median, low, high = (
+            show(value[k], digits, unit) for k in ("median", "min", "max"))
         return f"{median} ({low}–{high})"
     mean, low, high = value.get("mean", value.get("value")), value["low"], value["high"]
     if low is None:
@@ -1059,13 +1463,14 @@ def show(value: float | str | dict, digits: int) -> str:
 
 def render_table(rows: list[dict], columns: tuple) -> str:
     """The rows as a Markdown table, aligned for the terminal too."""
-    table = [["variant", *(title for title, _, _ in columns)]]
+    table = [["variant", *(title for title, *_ in columns)]]
     for row in rows:
-        table.append([row["label"]])
-        for _, key, digits in columns:
-            value = row[key] if key != "weight_bytes" else row[key] and row[key] / 1e6
-            missing = "–" if row["status"] == "ok" else "failed"
-            table[-1].append(missing if value is None else show(value, digits))
+        cells = row | {f"{key}@{batch['batch']}": batch.get("error") if x is None else x
+                       for batch in row["decode"] or () for key, x in batch.items()}
+        missing = "–" if row["status"] == "ok" else "failed"
+        table.append([row["label"], *(
+            missing if cells.get(key) is None else show(cells[key], digits, unit)
+            for _, key, digits, unit in columns)])
     widths = [max(map(len, column)) for column in zip(*table)]
     table.insert(1, ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])])
     return "\n".join(
@@ -1172,14 +1577,22 @@ def render_summary(results: dict, prompts: int) -> str:
         "divergence, nats. top-1: same most probable token. tokens: number until "
         f"greedy completions of {len(PROMPTS)} prompts differ, {config['new_tokens']} "
         "if never. MB: 10^6 bytes of safetensors.")
-    speed = (f"Speed: greedy completion of {config['new_tokens']} tokens, batch 1, "
-             f"median (min–max) of {config['repeats']}.")
+    prompt = next((row["prompt_tokens"] for row in rows if row["decode"]), 0)
+    speed = (
+        f"Speed, median (min–max) of {config['repeats']}: TTFT: first token after a "
+        f"prompt of {prompt} tokens. latency: {config['new_tokens']} tokens. tokens/s: "
+        "after the first, one sequence or a batch.")
+    cost = ("Cost: weights in memory after running, peak memory while decoding, and of "
+            "the bandwidth of copying, measured beside, what decoding reaches.")
+    ran = [f"- {row['label']}: {row['runs_as']}" for row in rows if row["runs_as"]]
     notes = render_verdict(rows) + render_warnings(results)
     lines = [
         f"# quant_lab: {config['model']}", "", f"{machine['name']}, "
         f"{machine['memory_bytes'] / 2**30:.1f} GiB. {results['created']}.", "",
-        fill(quality), "", render_table(rows, QUALITY), "",
-        fill(speed), "", render_table(rows, SPEED), "", "## Verdict", "",
+        *(line for text, columns in zip((quality, speed, cost), list_tables(config))
+          for line in (fill(text), "", render_table(rows, columns), "")),
+        "Run as:", "", *(fill(line, subsequent_indent="  ") for line in ran), "",
+        "## Verdict", "",
         *(fill("- " + note, subsequent_indent="  ") for note in notes), "",
         "## Greedy completions", ""]
     for number in range(prompts):

@@ -100,5 +100,5 @@ def quick(small, texts, tmp_path):
     """Words of a complete run that takes seconds."""
     return ["--model", small, "--eval-text", texts / "eval.txt", "--window", 64,
             "--calibration-data", texts / "chats.jsonl", "--calibration-length", 64,
-            "--new-tokens", 4, "--repeats", 2, "--device", "cpu",
+            "--new-tokens", 4, "--repeats", 2, "--batch-sizes", 1, "--device", "cpu",
             "--output-dir", tmp_path / "out"]

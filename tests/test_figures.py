@@ -310,31 +310,40 @@ def test_completion_is_plain_greedy_whatever_the_model_prefers(small, tmp_path):
     assert row["sample"]["completion"] == tokenizer.decode(made, skip_special_tokens=True)
 
 
-def test_length_is_forced_past_the_end_of_sequence(small):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_length_is_forced_past_the_end_of_sequence(small, compiled):
     """A model that wants to end at once is timed on exactly the tokens asked for."""
-    folder, tokenizer, _ = quant_lab.open_model(quant_lab.Options(model=str(small)))
-    model = quant_lab.load_model(folder, quant_lab.Options(dtype="float32"))
-    end, calls = tokenizer.eos_token_id, []
+    options = quant_lab.Options(dtype="float32", new_tokens=7, repeats=3, batch_sizes=(1, 2))
+    model = quant_lab.load_model(small, options)
+    calls = []
 
-    def prefer_the_end(module, inputs, output):
-        calls.append(output.logits.shape[1])
-        output.logits[..., end] += 1e4
+    def count(module, inputs, output):
+        calls.append(tuple(output.logits.shape[:2]))
+        output.logits[..., model.config.eos_token_id] += 1e4
         return output
 
-    model.register_forward_hook(prefer_the_end)
-    prompt = tokenizer("What is a list?", return_tensors="pt")
-    free = model.generate(**prompt, do_sample=False, max_new_tokens=7)
-    assert free.shape[1] - prompt.input_ids.shape[1] == 1
-    calls.clear()
-    speed = quant_lab.measure_speed(model, prompt, 7, 3)
-    assert len(calls) == 7 * (1 + 3), "a warm-up and three repeats of seven tokens"
-    for key in ("latency_s", "decode_tok_s"):
+    model.register_forward_hook(count)
+    speed = quant_lab.measure_speed(model, torch.arange(20)[None], options, compiled)
+    alone, both = 1 + 2 + 1 + 2 + 4 * 7, 2 + 4 * 6  # Set-up, then prefill and steps.
+    assert calls == [(1, 1)] * alone + [(2, 1)] * both
+    for key in ("ttft_s", "latency_s", "decode_tok_s"):
         samples = speed[key]["samples"]
         assert len(samples) == 3 and min(samples) == speed[key]["min"] > 0
         assert sorted(samples)[1] == speed[key]["median"] <= speed[key]["max"]
-    for latency, rate in zip(speed["latency_s"]["samples"],
-                             speed["decode_tok_s"]["samples"]):
-        assert 6 / rate < latency, "six tokens follow the first, in less than the whole"
+    for latency, first, rate in zip(*(speed[key]["samples"] for key in (
+            "latency_s", "ttft_s", "decode_tok_s"))):
+        assert latency == pytest.approx(first + 6 / rate)
+    assert [entry["batch"] for entry in speed["decode"]] == [1, 2]
+    for entry in speed["decode"]:
+        for itl, rate in zip(entry["itl_ms"]["samples"], entry["tok_s"]["samples"]):
+            assert rate == pytest.approx(1000 * entry["batch"] / itl)
+        assert entry["bandwidth_fraction"] == pytest.approx(
+            entry["step_bytes"] / entry["itl_ms"]["median"] * 1000
+            / speed["copy_bandwidth"])
+    cache = 2 * 4 * 27 * 64  # Keys and values, float32, 20 + 7 places of 64.
+    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert [e["step_bytes"] for e in speed["decode"]] == [weights + cache, weights + 2 * cache]
+    assert (speed["compile_seconds"] is not None) == compiled
 
 
 def tensor_bytes(file):

@@ -76,7 +76,11 @@ def test_demo_gives_four_rows(demo):
                             ("kld", "mean"), ("top1_agreement", "value")):
             interval = row[key]
             assert interval["low"] <= interval[center] <= interval["high"]
-        assert row["runs_as"] == ("fp16" if label == LABELS[0] else "dequantized to fp16")
+        assert row["runs_as"].endswith(" · not compiled")
+        assert ("prefill" in row["runs_as"]) == (label != LABELS[0])
+        assert [entry["batch"] for entry in row["decode"]] == [1, 8]
+        assert row["weights_memory_bytes"] == pytest.approx(row["weight_bytes"], rel=0.02)
+        assert row["prompt_tokens"] == 512 and row["load_seconds"] > 0
     assert done.stderr == "" and "Traceback" not in done.stdout
 
 
@@ -415,7 +419,7 @@ def test_a_failing_variant_is_a_row(lab, monkeypatch, capsys, error, says):
     assert [row["status"] for row in results["variants"]] == ["ok", "failed", "ok", "ok"]
     row = strict(lab().output / "results.json")["variants"][1]
     assert says in row["error"] and row["perplexity"] is None
-    for columns in (quant_lab.QUALITY, quant_lab.SPEED):
+    for columns in quant_lab.list_tables(results["config"]):
         assert "failed" in quant_lab.render_table(results["variants"], columns).split("\n")[3]
     assert says in " ".join(quant_lab.render_warnings(results))
     assert f"{LABELS[1]} failed" in quant_lab.render_summary(results, 8)
@@ -512,7 +516,7 @@ def test_fallbacks_to_rounding_are_counted(lab, tmp_path):
         r"inversion failed for (\d+)/7", (build.output / "log.txt").read_text())[1])
 
 
-COMMITTED = [ROOT / "results" / "demo-cpu", ROOT / "results" / "h100-0.5b"]
+COMMITTED = [ROOT / "results" / "demo-cpu", ROOT / "results" / "h200-0.5b"]
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
@@ -520,7 +524,7 @@ def test_committed_results_are_those_of_the_readme(folder):
     results = strict(folder / "results.json")
     summary = (folder / "summary.md").read_text(encoding="utf-8")
     assert summary == quant_lab.render_summary(results, 8)
-    for columns in (quant_lab.QUALITY, quant_lab.SPEED):
+    for columns in quant_lab.list_tables(results["config"]):
         assert quant_lab.render_table(results["variants"], columns) in (
             ROOT / "README.md").read_text(encoding="utf-8"), f"stale: {folder.name}"
 
@@ -583,7 +587,8 @@ def test_default_route_from_the_hub_and_again_from_the_cache(tmp_path):
     repos, lines = make_hub(tmp_path / "hub")
     home = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0", folder=tmp_path)
     with serve(repos) as hub:
-        done = run_process("--device", "cpu", HF_ENDPOINT=hub.url, **home)
+        done = run_process("--device", "cpu", "--batch-sizes", 1, "--repeats", 2,
+                           HF_ENDPOINT=hub.url, **home)
         assert done.returncode == 0, done.stdout + done.stderr
     output = tmp_path / "results" / "Qwen2.5-0.5B-Instruct-cpu"
     results = strict(output / "results.json")

@@ -1,0 +1,265 @@
+"""Packed execution against compressed-tensors' own, and what the timings rest on."""
+
+import pytest
+import torch
+from conftest import make_small
+
+import quant_lab
+
+FORMATS = ["01_fp8_dynamic", "rtn_w4a16", "03_smoothquant_w8a8"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, texts):
+    """Folders of two small models, tied and not, in all formats."""
+    made = {}
+    for tied in (True, False):
+        place = tmp_path_factory.mktemp("model")
+        folder = make_small(place, hidden=128, tie_word_embeddings=tied,
+                            num_hidden_layers=2)
+        options = quant_lab.parse_options([
+            "--model", str(folder), "--eval-text", str(texts / "eval.txt"), "--window",
+            "64", "--calibration-data", str(texts / "chats.jsonl"),
+            "--calibration-length", "64", "--device", "cpu", "--output-dir",
+            str(place / "out")])
+        device = torch.device("cpu")
+        folder, tokenizer, context = quant_lab.open_model(options)
+        output = quant_lab.prepare_output(options, quant_lab.describe_machine(device))
+        lab = quant_lab.Lab(options, device, {}, {}, output, folder, tokenizer,
+                            torch.arange(64),
+                            quant_lab.load_calibration(options, tokenizer, context))
+        for label in ("00_fp16_baseline", *FORMATS):
+            with quant_lab.chatter_to(output / "log.txt"):
+                quant_lab.quantize_variant(label, "key", lab)
+            made[label, tied] = output / "checkpoints" / label
+    return made
+
+
+def load(folder, packed, sm=(0, 0), dtype="float16"):
+    model = quant_lab.load_model(folder, quant_lab.Options(dtype=dtype))
+    if packed:
+        quant_lab.pack_model(model, sm)
+    return model
+
+
+def held_bytes(model):
+    tensors = (*model.parameters(), *model.buffers())
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("label", FORMATS)
+@torch.no_grad()
+def test_logits_equal_the_emulated_ones_bit_for_bit(models, label, tied):
+    """Biases included: Qwen2 has them at q, k and v; here they are not zero."""
+    emulated, packed = (load(models[label, tied], on) for on in (False, True))
+    for model in (emulated, packed):
+        for name, tensor in model.named_parameters():
+            if name.endswith(".bias"):
+                tensor.copy_(torch.linspace(-1, 1, len(tensor)))
+    assert not any(isinstance(m, quant_lab.PackedLinear) for m in emulated.modules())
+    assert sum(isinstance(m, quant_lab.PackedLinear) for m in packed.modules()) == 14
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((1, 1), (1, 33), (3, 5)):
+        ids = torch.randint(0, 2000, shape, generator=generator)
+        wanted, logits = emulated(ids).logits, packed(ids).logits
+        assert logits.dtype == torch.float16 and wanted.std() > 0.1
+        assert torch.equal(logits, wanted)
+
+
+@pytest.mark.parametrize("label", FORMATS)
+@torch.no_grad()
+def test_weights_stay_packed(models, label):
+    folder = models[label, True]
+    model = load(folder, True)
+    loaded = held_bytes(model)
+    model(torch.arange(40)[None])
+    assert held_bytes(model) == loaded
+    assert loaded == pytest.approx(quant_lab.weight_bytes(folder), rel=0.02)
+    dense = load(folder, False)
+    dense(torch.arange(40)[None])
+    assert held_bytes(dense) > 1.2 * loaded, "plain transformers unpacks"
+
+
+@pytest.mark.parametrize("label, sm, rows, compiled, said", [
+    ("01_fp8_dynamic", (9, 0), 512, True, "fp8 tensor cores"),
+    ("01_fp8_dynamic", (7, 5), 512, True, "dequantized to fp16 (tensor cores need SM 8.9)"),
+    ("01_fp8_dynamic", (7, 5), 1, True, "fp8→fp32 in registers"),
+    ("01_fp8_dynamic", (9, 0), 1, False, "dequantized to fp16 (not compiled)"),
+    ("03_smoothquant_w8a8", (7, 5), 8, True, "int8 tensor cores"),
+    ("03_smoothquant_w8a8", (7, 0), 8, True, "dequantized to fp16 (tensor cores need SM 7.5)"),
+    ("03_smoothquant_w8a8", (7, 5), 1, True, "int8→int32 in registers"),
+    ("rtn_w4a16", (9, 0), 8, True, "dequantized to fp16 (PyTorch multiplies no int4)"),
+    ("rtn_w4a16", (9, 0), 1, False, "int4→fp32 in registers"),
+    ("rtn_w4a16", (0, 0), 1, True, "dequantized to fp16 (the kernel needs a GPU)")])
+def test_routes(models, monkeypatch, label, sm, rows, compiled, said):
+    monkeypatch.setattr(quant_lab, "triton", object())
+    model = load(models[label, True], True, sm)
+    assert {module.route(rows, compiled) for module in model.modules()
+            if isinstance(module, quant_lab.PackedLinear)} == {said}
+    batches = (1, rows) if rows > 1 else (1,)
+    options = quant_lab.Options(batch_sizes=batches)
+    assert said in quant_lab.name_routes(label, model, max(rows, 2), options, compiled)
+
+
+@torch.no_grad()
+def test_integer_product_equals_the_simulated_one(models):
+    """INT8 through _int_mm, also for the few rows that have to be padded.
+
+    Each Linear to 1e-3, and the logits of most tokens to far less: the last bit of one
+    layer may tip a rounding of the next. In float16 that is common, hence float32.
+    """
+    folder = models["03_smoothquant_w8a8", True]
+    emulated, packed = (load(folder, on, (7, 5), "float32") for on in (False, True))
+    for shape in ((1, 2), (1, 16), (1, 17), (2, 40)):
+        ids = 5 + torch.arange(shape[0] * shape[1]).view(shape)
+        wanted, logits = emulated(ids).logits, packed(ids).logits
+        errors = (logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        assert errors.median() < 1e-5 and errors.max() < 0.05
+    emulated, packed = (load(folder, on, (7, 5)) for on in (False, True))
+    emulated(ids)
+    for name, module in packed.named_modules():
+        if isinstance(module, quant_lab.PackedLinear):
+            x = torch.randn(1, 20, module.weight.shape[1]).half()
+            wanted = emulated.get_submodule(name)(x).float()
+            assert (module(x).float() - wanted).norm() / wanted.norm() < 1e-3
+
+
+def test_e4m3_without_fp8_instructions():
+    codes = torch.arange(-128, 128, dtype=torch.int8)
+    values = codes.view(torch.float8_e4m3fn).float()
+    finite = values.isfinite()
+    found = quant_lab.read_e4m3(codes, False)
+    assert torch.equal(found[finite].float(), values[finite])
+    assert torch.equal(quant_lab.read_e4m3(codes, True)[finite], values[finite])
+    exact = values[finite].sort().values
+    middles = (exact[1:] + exact[:-1]) / 2
+    torch.manual_seed(0)
+    x = torch.cat([exact, middles, middles * (1 + 1e-3), torch.randn(20_000) * 90,
+                   torch.randn(20_000) * 1e-2]).clamp(-448, 448)
+    for x in (x, x.half(), x.bfloat16()):
+        assert torch.equal(quant_lab.round_e4m3(x, False), quant_lab.round_e4m3(x, True))
+
+
+@torch.no_grad()
+def test_fp8_below_sm_89_is_the_same(models):
+    folder = models["01_fp8_dynamic", True]
+    ids = torch.arange(30)[None]
+    assert torch.equal(load(folder, True, (7, 5))(ids).logits,
+                       load(folder, True)(ids).logits)
+
+
+def test_formats_of_other_makers_are_refused(models):
+    model = quant_lab.load_model(models["rtn_w4a16", True], quant_lab.Options())
+    for module in model.modules():
+        if scheme := getattr(module, "quantization_scheme", None):
+            scheme.weights.symmetric = False
+    with pytest.raises(ValueError, match="--execution emulated"):
+        quant_lab.pack_model(model, (0, 0))
+
+
+@pytest.mark.parametrize("label", ["00_fp16_baseline", *FORMATS])
+@torch.no_grad()
+def test_compiled_layers_say_what_eager_ones_do(models, label):
+    """One prefill, one row, one batch; in float32, where no rounding tips a token."""
+    model = load(models[label, True], label in FORMATS, dtype="float32")
+    prompt, found = torch.arange(5, 45)[None], []
+    for compiled in (False, True):
+        alone = quant_lab.Decoder(model, prompt, 9, compiled)
+        both = quant_lab.Decoder(model, prompt, 9, compiled, alone, 2)
+        alone.rewind(0)
+        alone.prefill()
+        both.token.copy_(alone.token.expand(2, 1))
+        for decoder in (alone, both):
+            said = [decoder.token[:, 0].tolist()]
+            for _ in range(8):
+                decoder.step()
+                said.append(decoder.token[:, 0].tolist())
+            found.append(said)
+    assert found[0] == found[2] and found[1] == found[3]
+    assert [token[0] for token in found[1]] == [token[0] for token in found[0]]
+
+
+@pytest.fixture
+def lab(small, texts, tmp_path):
+    """A lab of the small model, on the CPU, that times three batch sizes."""
+    options = quant_lab.parse_options([
+        "--model", str(small), "--eval-text", str(texts / "eval.txt"), "--window", "64",
+        "--device", "cpu", "--output-dir", str(tmp_path), "--new-tokens", "4",
+        "--repeats", "1", "--batch-sizes", "8", "2"])
+    device = torch.device("cpu")
+    machine = quant_lab.describe_machine(device)
+    output = quant_lab.prepare_output(options, machine)
+    folder, tokenizer, context = quant_lab.open_model(options)
+    return quant_lab.Lab(options, device, machine, quant_lab.list_versions(), output,
+                         folder, tokenizer,
+                         quant_lab.load_evaluation(options, tokenizer, context), [], context)
+
+
+def run(lab, *labels):
+    options = quant_lab.replace(lab.options, variants=labels)
+    return quant_lab.run_lab(quant_lab.replace(lab, options=options), [])
+
+
+def test_a_batch_that_does_not_fit_is_a_cell(lab, monkeypatch):
+    real = quant_lab.Decoder
+
+    def refuse(*inputs):
+        if inputs[5:] == (8,):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*inputs)
+
+    monkeypatch.setattr(quant_lab, "Decoder", refuse)
+    results = run(lab, "00_fp16_baseline")
+    row, = results["variants"]
+    assert row["status"] == "ok" and [e["batch"] for e in row["decode"]] == [1, 2, 8]
+    assert row["decode"][2] == dict(batch=8, tok_s=None, itl_ms=None, step_bytes=None,
+                                    bandwidth_fraction=None, error="OOM")
+    line = quant_lab.render_table([row], quant_lab.list_tables(results["config"])[1])
+    assert line.split("\n")[2].rstrip("| ").endswith("OOM")
+
+
+def test_no_room_for_one_sequence_fails_the_row(lab, monkeypatch):
+    def refuse(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(quant_lab, "Decoder", refuse)
+    row, = run(lab, "00_fp16_baseline")["variants"]
+    assert row["status"] == "failed" and "out of memory" in row["error"]
+
+
+def test_compiling_that_fails_is_measured_eagerly_and_said(lab, monkeypatch):
+    def fail(model):
+        raise RuntimeError("no such compiler")
+
+    monkeypatch.setattr(quant_lab, "wants_compiling", lambda lab: True)
+    monkeypatch.setattr(quant_lab, "compile_layers", fail)
+    row, = run(lab, "01_fp8_dynamic")["variants"]
+    assert row["status"] == "ok" and row["compile_seconds"] is None
+    assert "not compiled, it failed: RuntimeError: no such compiler" in row["runs_as"]
+    assert "registers" not in row["runs_as"] and row["decode"][0]["tok_s"]["median"] > 0
+
+
+def test_emulated_is_the_ecosystems_path(lab):
+    options = quant_lab.replace(lab.options, execution="emulated", batch_sizes=(1,))
+    row, = run(quant_lab.replace(lab, options=options), "01_fp8_dynamic")["variants"]
+    packed, = run(lab, "01_fp8_dynamic")["variants"]
+    assert row["runs_as"] == "dequantized to fp16 · not compiled"
+    assert row["weights_memory_bytes"] > 1.2 * packed["weights_memory_bytes"]
+    for key in ("perplexity", "kld", "divergence", "weight_bytes"):
+        assert row[key] == packed[key], "packed execution changes no figure of quality"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows, words", [(5, 16), (64, 112), (130, 600)])
+def test_int4_kernel(rows, words):
+    torch.manual_seed(0)
+    packed = torch.randint(-2**31, 2**31 - 1, (rows, words), dtype=torch.int32, device="cuda")
+    scale = torch.rand(rows, words // 8, device="cuda").half()
+    x = torch.randn(8 * words, device="cuda").half()
+    weight = quant_lab.dequantize("int4", packed, scale.double(), True)
+    wanted = weight @ x.double()
+    found = quant_lab.multiply_int4(x, packed, scale).double()
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+
+
