@@ -1381,8 +1381,14 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
     reference = None
     if not rows.keys() >= set(wanted):
         print("[reference] the model as it came", flush=True)
+        start = time.perf_counter()
         with chatter_to(lab.output / "log.txt"):
             reference = measure_reference(lab)
+        took, left = time.perf_counter() - start, [v for v in wanted if v not in rows]
+        seconds = sum(2 * took + 40 * wants_compiling(lab)
+                      + 3 * took * VARIANTS[label].calibrated for label in left)
+        print(f"      {took:.0f} s; roughly {math.ceil(seconds / 60)} min to go, for "
+              "each variant twice that, compiling, and thrice for calibration")
     for number, label in enumerate(wanted, 1):
         print(f"[{number}/{len(wanted)}] {label}"
               + (": finished before" if label in rows else ""), flush=True)
