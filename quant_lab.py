@@ -740,10 +740,11 @@ def fp8_mm(x: torch.Tensor, weight: torch.Tensor, one: torch.Tensor) -> torch.Te
     return F.scaled_mm(x, weight.t(), one, kind, one, kind, output_dtype=torch.float32)
 
 
-# %%
 fp8_mm.register_fake(lambda x, weight, one: x.new_empty(
     len(x), len(weight), dtype=torch.float32))
 
+
+# %%
 if triton:
     @triton.jit
     def int4_kernel(x, packed, scale, y, rows, WORDS: tl.constexpr, GROUP: tl.constexpr,
@@ -812,10 +813,10 @@ class PackedLinear(torch.nn.Module):
         weights = linear.quantization_scheme.weights
         self.kind = "fp8" if weights.type == "float" else f"int{weights.num_bits}"
         stored = getattr(linear, "weight_packed", getattr(linear, "weight", None))
-        size = dict(int4=torch.int32, int8=torch.int8, fp8=torch.int8).get(self.kind)
-        if not size or not weights.symmetric or hasattr(linear, "weight_g_idx"):
+        kept = dict(int4=torch.int32, int8=torch.int8, fp8=torch.int8).get(self.kind)
+        if not kept or not weights.symmetric or hasattr(linear, "weight_g_idx"):
             raise ValueError("this format runs with --execution emulated only")
-        self.weight = torch.nn.Parameter(stored.data.view(size), requires_grad=False)
+        self.weight = torch.nn.Parameter(stored.data.view(kept), requires_grad=False)
         self.scale, self.bias, self.sm = linear.weight_scale, linear.bias, sm
         self.register_buffer("one", torch.ones(()), persistent=False)
         self.native = sm == (0, 0) or sm >= (8, 9)  # Whether kernels know FP8.
@@ -1268,24 +1269,23 @@ def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace) -> dict:
     """Quality, speed and memory of a checkpoint, loaded from disk."""
     options, start = lab.options, now(lab.device)
     model = place_model(lab.output / "checkpoints" / label, lab)
-    loaded, how = now(lab.device) - start, "compiled"
+    loaded, compiled = now(lab.device) - start, wants_compiling(lab)
     quality = measure_quality(model, lab, reference)
     first = quality["divergence"]["completions"][0]
     length = min(512, lab.context - options.new_tokens)
     prompt = lab.eval_ids.repeat(length // len(lab.eval_ids) + 1)[None, :length]
-    if not wants_compiling(lab):
-        how = "not compiled"
+    prompt, how = prompt.to(lab.device), "compiled" if compiled else "not compiled"
     try:
-        speed = measure_speed(
-            model, prompt.to(lab.device), options, how == "compiled")
+        speed = measure_speed(model, prompt, options, compiled)
     except Exception as error:
-        if how != "compiled" or isinstance(error, torch.OutOfMemoryError):
+        if not compiled or isinstance(error, torch.OutOfMemoryError):
             raise
         traceback.print_exc()  # Goes to the log.
-        how, model = f"not compiled, it failed: {describe(error)}", None
+        compiled, how = False, f"not compiled, it failed: {describe(error)}"
+        model = None  # Never two at once.
         model = place_model(lab.output / "checkpoints" / label, lab)
-        speed = measure_speed(model, prompt.to(lab.device), options, False)
-    routes = name_routes(label, model, length, options, how == "compiled")
+        speed = measure_speed(model, prompt, options, compiled)
+    routes = name_routes(label, model, length, options, compiled)
     return dict(
         **quality, **speed, load_seconds=loaded, runs_as=f"{routes} · {how}",
         sample={name: first[name] for name in ("prompt", "completion")})
