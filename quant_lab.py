@@ -700,11 +700,11 @@ Plain transformers unpacks a compressed checkpoint to 16 bits on its first forwa
 simulates the rounding of activations (`--execution emulated`). Here a Linear keeps the
 checkpoint's tensors and chooses by format, GPU and rows (tokens at once):
 
+- **In registers** for one row, where the time goes into reading weights: one Triton
+  kernel reads them packed and unpacks them on the way into the product. float16 goes
+  through the same kernel, so that the variants differ in nothing but the format.
 - **Tensor cores** for several rows: 8-bit times 8-bit, the product is scaled. INT8 from
   SM 7.5 (T4), FP8 from SM 8.9.
-- **In registers** for one row, where the time goes into reading weights: they are read
-  packed and unpacked on the way into the product. torch.compile fuses the two for 8
-  bits; of int4 it would read each word eight times, hence a kernel.
 - **Dequantized** otherwise: a 16-bit copy, one layer at a time.
 
 Activations are rounded per token by the operations of compressed-tensors: on a CPU the
@@ -713,171 +713,295 @@ logits equal the emulated ones bit for bit. `runs_as` names what ran.
 
 
 # %%
-def read_e4m3(code: torch.Tensor, native: bool) -> torch.Tensor:
-    """Values of FP8 E4M3 codes held as int8, float32 or float16; exact."""
-    if native:
-        return code.view(torch.float8_e4m3fn).float()
-    # Kernels below SM 8.9 know no FP8: move the fields to where float16 has them.
+def read_e4m3(code: torch.Tensor) -> torch.Tensor:
+    """Values, float16, of finite FP8 E4M3 codes held as int8.
+
+    Kernels below SM 8.9 know no FP8: this moves the fields to where float16 has them.
+    """
     return ((code.to(torch.int16) << 7) & ~(1 << 14)).view(torch.float16) * 2**8
 
 
-def round_e4m3(x: torch.Tensor, native: bool) -> torch.Tensor:
-    """x, within +-448, rounded to the nearest FP8 E4M3 value, ties to even."""
-    if native:
-        return x.to(torch.float8_e4m3fn).to(x.dtype)
+def round_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """x, within ±448, rounded to the nearest FP8 E4M3 value, ties to even."""
     power = (x.float().view(torch.int32) & 0x7F800000).view(torch.float32)
     step = power.clamp(min=2**-6) / 8  # Three bits follow the leading one.
     return (torch.round(x / step) * step).to(x.dtype)
 
 
-@torch.library.custom_op("quant_lab::fp8_mm", mutates_args=())
-def fp8_mm(x: torch.Tensor, weight: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
-    """x [n, in] @ weight [out, in].T, both FP8, as float32; one is the scale 1.0.
-
-    An operator of its own, since torch.compile cannot trace F.scaled_mm in torch 2.11.
-    """
-    kind = F.ScalingType.TensorWise
-    return F.scaled_mm(x, weight.t(), one, kind, one, kind, output_dtype=torch.float32)
-
-
-fp8_mm.register_fake(lambda x, weight, one: x.new_empty(
-    len(x), len(weight), dtype=torch.float32))
-
-
-# %%
-if triton:
-    @triton.jit
-    def int4_kernel(x, packed, scale, y, rows, WORDS: tl.constexpr, GROUP: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCK: tl.constexpr):
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        row = tl.minimum(row, rows - 1)[:, None]  # The last ones may be done twice.
-        total = tl.zeros([ROWS, BLOCK], tl.float32)
-        for begin in range(0, WORDS, BLOCK):
-            word = begin + tl.arange(0, BLOCK)[None, :]
-            inside = word < WORDS
-            bits = tl.load(packed + row * WORDS + word, mask=inside, other=0)
-            part = tl.zeros([ROWS, BLOCK], tl.float32)
-            for i in tl.static_range(8):
-                value = tl.load(x + i * WORDS + word, mask=inside, other=0)
-                part += (((bits >> (4 * i)) & 15) - 8).to(tl.float32) * value
-            factor = tl.load(scale + row * (WORDS // GROUP) + word // GROUP,
-                             mask=inside, other=0)
-            total += part * factor.to(tl.float32)
-        tl.store(y + row, tl.sum(total, 1)[:, None])
-
-
-def multiply_int4(x, packed, scale) -> torch.Tensor:
-    """x [in] times int4 weights, packed [out, in / 8] with scale [out, groups]: [out].
-
-    x goes along as eight rows, one for each place in a word.
-    """
-    (rows, words), planes = packed.shape, x.view(-1, 8).t().float().contiguous()
-    y, block = planes.new_empty(rows), min(512, triton.next_power_of_2(words))
-    int4_kernel[(triton.cdiv(rows, 4),)](
-        planes, packed, scale, y, rows, words, words // scale.shape[1], 4, block,
-        num_warps=max(block // 128, 1))
-    return y
-
-
-# %%
-def dequantize(kind: str, weight, scale, native: bool) -> torch.Tensor:
-    """The weight [out, in] of a PackedLinear in the dtype of its scale."""
-    if kind == "int4":  # Stored with 8 added, the first in the lowest bits.
-        places = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
-        weight = ((weight[..., None] >> places & 15) - 8).to(scale.dtype)
-        return (weight.view(*scale.shape, -1) * scale[..., None]).flatten(1)
-    weight = read_e4m3(weight, native) if kind == "fp8" else weight
-    return weight.to(scale.dtype) * scale
-
-
-def quantize(kind: str, x, native: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(kind: str, x) -> tuple[torch.Tensor, torch.Tensor]:
     """x over its scale, rounded, in x's dtype; the scale [..., 1], one per token."""
     scale = x.abs().amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     if kind == "int8":
         return (x / scale).clamp(-128, 127).round(), scale
-    return round_e4m3((x / scale).clamp(-448, 448), native), scale
+    return round_e4m3((x / scale).clamp(-448, 448)), scale
+
+
+def dequantize(kind: str, weight, scale) -> torch.Tensor:
+    """The weight [out, in] of a PackedLinear in the dtype of its scale."""
+    if kind == "int4":  # Stored with 8 added, the first in the lowest bits.
+        places = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+        weight = ((weight[..., None] >> places & 15) - 8).to(scale.dtype)
+        return (weight.view(*scale.shape, -1) * scale[..., None]).flatten(1)
+    return (read_e4m3(weight) if kind == "fp8" else weight).to(scale.dtype) * scale
+
+
+# %%
+if triton:
+    @triton.jit
+    def row_kernel(x, weight, scale, x_scale, bias, y, rows, width, GROUP: tl.constexpr,
+                   KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        row = tl.minimum(row, rows - 1)  # The last ones may be done twice.
+        total = tl.zeros([ROWS, BLOCK], tl.int32 if KIND == "int8" else tl.float32)
+        for begin in range(0, width, BLOCK):
+            at = begin + tl.arange(0, BLOCK)[None, :]
+            inside = at < width
+            w = tl.load(weight + row[:, None] * width + at, mask=inside, other=0)
+            if KIND == "int4":
+                high, eights = w >> 24, tl.zeros([1, BLOCK], tl.float32)
+                part = tl.zeros([ROWS, BLOCK], tl.float32)
+                for i in tl.static_range(8):
+                    # Read as float32, an integer n below 2**24 is n * 2**-149: the four
+                    # bits need no shift, no conversion, only a mask.
+                    bits = (w if i < 6 else high) & (15 << 4 * (i % 6))
+                    value = tl.load(x + i * width + at, mask=inside, other=0)
+                    part += bits.to(tl.float32, bitcast=True) * value
+                    eights += value * (8 * 16 ** (i % 6) * 2.0**-149)
+                total += (part - eights) * tl.load(
+                    scale + row[:, None] * (width // GROUP) + at // GROUP,
+                    mask=inside, other=0).to(tl.float32)
+            else:
+                value = tl.load(x + at, mask=inside, other=0)
+                if KIND == "int8":  # Four products and their sum.
+                    total = tl.inline_asm_elementwise(
+                        "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, value, total],
+                        dtype=tl.int32, is_pure=True, pack=1)
+                else:
+                    if KIND == "fp8":
+                        w = w.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+                    elif KIND == "codes":  # As read_e4m3 does; 2**8 comes last.
+                        w = ((w.to(tl.int16) << 7) & -16385).to(
+                            tl.float16, bitcast=True)
+                    total += w.to(tl.float32) * value.to(tl.float32)
+        result = tl.sum(total, 1).to(tl.float32)
+        if KIND == "int4":
+            result *= 2.0**49
+        if x_scale is not None:
+            result *= tl.load(scale + row).to(tl.float32) * tl.load(x_scale).to(
+                tl.float32) * (256 if KIND == "codes" else 1)
+        if bias is not None:
+            result += tl.load(bias + row).to(tl.float32)
+        tl.store(y + row, result)
+
+
+def row_shape(kind: str, rows: int, width: int) -> tuple[int, int, int]:
+    """Rows, columns and warps of a program of row_kernel, found by trying on an H100."""
+    return dict(plain=(2, 1024, 4), int8=(2, 256, 2), fp8=(2, 1024, 2),
+                codes=(2, 1024, 2), int4=(2, 128, 1))[kind]
+
+
+@torch.library.custom_op("quant_lab::multiply_row", mutates_args=())
+def multiply_row(kind: str, x: torch.Tensor, weight: torch.Tensor,
+                 scale: torch.Tensor | None, x_scale: torch.Tensor | None,
+                 bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """x times a packed weight, scaled, plus bias: [1, out]."""
+    if kind == "int8":
+        x, weight = x.view(torch.int32), weight.view(torch.int32)
+    rows, width = weight.shape
+    lines, block, warps = row_shape(kind, rows, width)
+    y = x.new_empty(1, rows, dtype=dtype)
+    row_kernel[(triton.cdiv(rows, lines),)](
+        x, weight, scale, x_scale, bias, y, rows, width,
+        width // scale.shape[1] if kind == "int4" else 1, kind, lines, block,
+        num_warps=warps)
+    return y
+
+
+def spread_row(x: torch.Tensor) -> torch.Tensor:
+    """x [in] as eight rows, one for each place in a word, over what the place adds."""
+    places = torch.arange(8, device=x.device) % 6
+    return (x.view(-1, 8).float() * 2.0 ** (100 - 4 * places)).t().contiguous()
+
+
+if triton:
+    @triton.jit
+    def int8_kernel(x, weight, scale, x_scale, bias, y, n, rows, width, M: tl.constexpr,
+                    N: tl.constexpr, BLOCK: tl.constexpr):
+        a = tl.program_id(0) * M + tl.arange(0, M)[:, None]
+        b = tl.program_id(1) * N + tl.arange(0, N)[None, :]
+        total = tl.zeros([M, N], tl.int32)
+        for begin in range(0, width, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            left = tl.load(x + a % n * width + at[None, :],
+                           mask=at[None, :] < width, other=0)
+            right = tl.load(weight + b % rows * width + at[:, None],
+                            mask=at[:, None] < width, other=0)
+            total = tl.dot(left, right, total, out_dtype=tl.int32)
+        result = total.to(tl.float32) * tl.load(scale + b % rows).to(tl.float32)
+        result *= tl.load(x_scale + a % n).to(tl.float32)
+        if bias is not None:
+            result += tl.load(bias + b % rows).to(tl.float32)
+        tl.store(y + a * rows + b, result, mask=(a < n) & (b < rows))
+
+
+def rows_shape(n: int) -> tuple[int, int, int, int, int]:
+    """Tile, warps and stages of int8_kernel for n rows, found by trying on an H100."""
+    return (128, 128, 128, 8, 3) if n > 64 else (16, 64, 128, 4, 4)
+
+
+@torch.library.custom_op("quant_lab::multiply_int8", mutates_args=())
+def multiply_int8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
+                  x_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [n, in] times an INT8 weight on tensor cores, scaled, plus bias: [n, out]."""
+    (n, width), rows = x.shape, len(weight)
+    m, tile, block, warps, stages = rows_shape(n)
+    y = scale.new_empty(n, rows)
+    int8_kernel[(triton.cdiv(n, m), triton.cdiv(rows, tile))](
+        x, weight, scale, x_scale, bias, y, n, rows, width, m, tile, block,
+        num_warps=warps, num_stages=stages)
+    return y
+
+
+@torch.library.custom_op("quant_lab::multiply_fp8", mutates_args=())
+def multiply_fp8(x: torch.Tensor, weight: torch.Tensor, factor: float,
+                 dtype: torch.dtype) -> torch.Tensor:
+    """x [n, in] @ weight [out, in].T, both FP8, over a factor against overflow.
+
+    An operator of its own, since torch.compile cannot trace F.scaled_mm in torch 2.11.
+    """
+    by = F.ScalingType.TensorWise
+    one = torch.ones((), device=x.device)
+    return F.scaled_mm(x, weight.t(), one / factor, by, one, by, output_dtype=dtype)
+
+
+multiply_row.register_fake(lambda kind, x, weight, scale, x_scale, bias, dtype: (
+    x.new_empty(1, len(weight), dtype=dtype)))
+multiply_int8.register_fake(lambda x, weight, scale, x_scale, bias: (
+    scale.new_empty(len(x), len(weight))))
+multiply_fp8.register_fake(lambda x, weight, factor, dtype: (
+    x.new_empty(len(x), len(weight), dtype=dtype)))
 
 
 # %%
 class PackedLinear(torch.nn.Module):
-    """A quantized Linear on the tensors of its checkpoint.
+    """A Linear on the tensors of its checkpoint.
 
-    weight [out, in] as int8 (FP8: its codes) or, int4, [out, in / 8], eight per int32;
-    scale [out, groups], one group unless int4. sm: the GPU's compute capability,
-    (0, 0) on a CPU. ValueError for formats that none of the recipes writes.
+    kind: int4, int8, fp8 or plain. weight [out, in] as int8 (FP8: its codes), int4
+    [out, in / 8], eight per int32, or 16-bit; scale [out, groups], one group unless
+    int4. sm: the GPU's compute capability, (0, 0) on a CPU.
     """
 
-    def __init__(self, linear: torch.nn.Module, sm: tuple[int, int]):
+    def __init__(self, kind: str, weight, scale, bias, sm: tuple[int, int]):
         super().__init__()
-        weights = linear.quantization_scheme.weights
-        self.kind = "fp8" if weights.type == "float" else f"int{weights.num_bits}"
-        stored = getattr(linear, "weight_packed", getattr(linear, "weight", None))
-        kept = dict(int4=torch.int32, int8=torch.int8, fp8=torch.int8).get(self.kind)
-        if not kept or not weights.symmetric or hasattr(linear, "weight_g_idx"):
-            raise ValueError("this format runs with --execution emulated only")
-        self.weight = torch.nn.Parameter(stored.data.view(kept), requires_grad=False)
-        self.scale, self.bias, self.sm = linear.weight_scale, linear.bias, sm
-        self.register_buffer("one", torch.ones(()), persistent=False)
-        self.native = sm == (0, 0) or sm >= (8, 9)  # Whether kernels know FP8.
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.kind, self.scale, self.bias, self.sm = kind, scale, bias, sm
 
-    def route(self, rows: int, compiled: bool) -> str:
+    def route(self, rows: int) -> str:
         """How so many rows are multiplied; the reason, if they are dequantized."""
-        needs = dict(int4=(99, 0), int8=(7, 5), fp8=(8, 9))[self.kind]
-        kernel = triton and self.sm > (0, 0)
-        if rows == 1 and (kernel if self.kind == "int4" else compiled):
-            wide = "int32" if self.kind == "int8" else "fp32"
-            return f"{self.kind}→{wide} in registers"
-        if rows > 1 and self.sm >= needs and not any(n % 16 for n in self.weight.shape):
+        needs = dict(int8=(7, 5), fp8=(8, 9)).get(self.kind, (0, 0))
+        fits = not any(n % 16 for n in self.weight.shape[rows == 1 :])
+        if rows == 1 and triton and self.sm > (0, 0) and fits:
+            return f"{self.kind}→{'int32' if self.kind == 'int8' else 'fp32'} in registers"
+        if self.kind == "plain":
+            return "plain"
+        if rows > 1 and self.kind != "int4" and self.sm >= needs and fits:
             return f"{self.kind} tensor cores"
-        why = "the kernel needs a GPU" if self.kind == "int4" else "not compiled"
-        if rows > 1:
-            why = "PyTorch multiplies no int4" if self.kind == "int4" else (
-                f"tensor cores need SM {needs[0]}.{needs[1]}"
-                if self.sm < needs else "16 does not divide its width")
+        why = ("a CPU" if self.sm == (0, 0) else "16 does not divide its width"
+               if not fits else "no Triton" if rows == 1 else
+               "PyTorch multiplies no int4" if self.kind == "int4" else
+               "tensor cores need SM %d.%d" % needs)
         return f"dequantized to {SHORT[str(self.scale.dtype)[6:]]} ({why})"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.numel() // x.shape[-1]
-        way = self.route(rows, torch.compiler.is_compiling())
-        bias, scale = self.bias, None
-        if self.kind != "int4":
-            x, scale = quantize(self.kind, x, self.native)
+        rows, shape = x.numel() // x.shape[-1], (*x.shape[:-1], len(self.weight))
+        way, weight, scale = self.route(rows), self.weight, None
+        if way == "plain":
+            return F.linear(x, weight, self.bias)
+        if self.kind in ("int8", "fp8"):
+            x, scale = quantize(self.kind, x)
         if way.startswith("dequantized"):
             x = x if scale is None else x * scale
-            weight = dequantize(self.kind, self.weight, self.scale, self.native)
-            return F.linear(x, weight, bias)
-        y = multiply(self, x.reshape(rows, -1))
-        if scale is not None:
-            y = y.float() * (scale.reshape(rows, 1).float() * self.scale.float().t())
-        y = y if bias is None else y + bias.float()
-        return y.to(self.scale.dtype).view(*x.shape[:-1], -1)
+            return F.linear(x, dequantize(self.kind, weight, self.scale), self.bias)
+        x = x.reshape(rows, -1)
+        dtype = x.dtype if self.scale is None else self.scale.dtype
+        x = x.to(torch.int8) if self.kind == "int8" else x
+        if way.endswith("registers"):
+            x = spread_row(x[0]) if self.kind == "int4" else x
+            kind = "codes" if self.kind == "fp8" and self.sm < (8, 9) else self.kind
+            return multiply_row(
+                kind, x, weight, self.scale, scale, self.bias, dtype).view(shape)
+        scale, factor, fp8 = scale.reshape(rows, 1), 1, torch.float8_e4m3fn
+        if self.kind == "int8" and triton and self.sm >= (8, 0):
+            return multiply_int8(x, weight, self.scale, scale, self.bias).view(shape)
+        if self.kind == "int8":  # _int_mm wants more than 16 rows.
+            x = F.pad(x, (0, 0, 0, 32 - rows)) if rows <= 16 else x
+            y = torch._int_mm(x, weight.t())[:rows]
+        else:  # By a power of two, which rounds nothing, below the overflow of 16 bits.
+            factor = 2.0 ** math.ceil(math.log2(448 * 448 * weight.shape[1] / 65504))
+            y = multiply_fp8(x.to(fp8), weight.view(fp8), factor, dtype)
+        y = y.float() * (scale.float() * factor * self.scale.float().t())
+        return (y if self.bias is None else y + self.bias.float()).to(dtype).view(shape)
 
 
 # %%
-def multiply(linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
-    """x [rows, in], quantized, times the packed weight: [rows, out], not yet scaled."""
-    weight, rows, fp8 = linear.weight, len(x), torch.float8_e4m3fn
-    if linear.kind == "int4":
-        return multiply_int4(x[0], weight, linear.scale)[None]
-    if rows > 1 and linear.kind == "fp8":
-        return fp8_mm(x.to(fp8), weight.view(fp8), linear.one)
-    if rows > 1:  # _int_mm wants more than 16 rows.
-        x = F.pad(x, (0, 0, 0, 32 - rows)) if rows <= 16 else x
-        return torch._int_mm(x.to(torch.int8), weight.t())[:rows]
-    if linear.kind == "fp8":
-        return (read_e4m3(weight, linear.native).float() * x.float()).sum(-1)[None]
-    return (weight.to(torch.int32) * x.to(torch.int32)).sum(-1, dtype=torch.int32)[None]
+class Share(torch.nn.Module):
+    """Its part [begin, end) of a PackedLinear that several with one input share."""
+
+    def __init__(self, shared: PackedLinear, begin: int, end: int):
+        super().__init__()
+        self.shared, self.begin, self.end = shared, begin, end
+
+    def forward(self, x):
+        known = getattr(self.shared, "known", None) or (None, None)
+        y = known[1] if known[0] is x else self.shared(x)
+        self.shared.known = None if self.end == len(self.shared.weight) else (x, y)
+        return y[..., self.begin : self.end]
+
+
+SHARING = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+
+
+def pack_linear(linear: torch.nn.Module, sm: tuple[int, int]) -> PackedLinear:
+    """A PackedLinear; ValueError for formats that none of the recipes writes."""
+    scheme = getattr(linear, "quantization_scheme", None)
+    if scheme is None:
+        return PackedLinear("plain", linear.weight, None, linear.bias, sm)
+    kind = "fp8" if scheme.weights.type == "float" else f"int{scheme.weights.num_bits}"
+    stored = getattr(linear, "weight_packed", getattr(linear, "weight", None))
+    kept = dict(int4=torch.int32, int8=torch.int8, fp8=torch.int8).get(kind)
+    if not kept or not scheme.weights.symmetric or hasattr(linear, "weight_g_idx"):
+        raise ValueError("this format runs with --execution emulated only")
+    return PackedLinear(kind, stored.data.view(kept), linear.weight_scale, linear.bias, sm)
 
 
 def pack_model(model, sm: tuple[int, int]) -> None:
-    """Put a PackedLinear in the place of each quantized Linear transformers loaded."""
+    """Put a PackedLinear in the place of each quantized Linear; on a GPU, of all."""
     if hook := getattr(model, "ct_decompress_hook", None):
         hook.remove()
         del model.ct_decompress_hook
     for name, module in list(model.named_modules()):
-        if getattr(module, "quantization_scheme", None):
-            model.set_submodule(name, PackedLinear(module, sm))
+        plain = sm > (0, 0) and isinstance(module, torch.nn.Linear)
+        if plain or getattr(module, "quantization_scheme", None):
+            model.set_submodule(name, pack_linear(module, sm))
+    for parent in list(model.modules()) if sm > (0, 0) else ():
+        for names in SHARING:
+            parts = [getattr(parent, name, None) for name in names]
+            share_input(parent, names, parts)
+
+
+def share_input(parent, names, parts) -> None:
+    """Join PackedLinears of one kind and width: one product where there were three."""
+    alike = {isinstance(p, PackedLinear) and (p.kind, p.weight.shape[1], p.bias is None)
+             for p in parts}
+    if len(alike) > 1 or False in alike:
+        return
+    joined = [None if getattr(parts[0], what) is None else torch.nn.Parameter(
+        torch.cat([getattr(p, what).data for p in parts]), requires_grad=False)
+        for what in ("weight", "scale", "bias")]
+    shared, end = PackedLinear(parts[0].kind, *joined, parts[0].sm), 0
+    for name, part in zip(names, parts):
+        setattr(parent, name, Share(shared, end, end := end + len(part.weight)))
 
 # %% [markdown]
 """
@@ -956,11 +1080,10 @@ def place_model(folder: Path, lab: Lab):
     """A causal LM on the lab's device, its defaults for sampling put aside."""
     from transformers import GenerationConfig
 
-    model = load_model(folder, lab.options)
+    model = load_model(folder, lab.options).to(lab.device)
     if lab.options.execution == "packed":
         cuda = lab.device.type == "cuda"
         pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
-    model.to(lab.device)
     # A new object: whatever generate is not told comes from the model's own defaults.
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id or lab.tokenizer.eos_token_id,
@@ -1095,58 +1218,64 @@ def measure_bandwidth(device: torch.device) -> float:
 
 # %%
 class LayerCache:
-    """One layer's cache in the place of the model's: so all layers share a graph."""
+    """Keys and values of one layer in tensors that stay where they are."""
 
-    def __init__(self, layer):
-        self.update = lambda keys, values, *_, **__: layer.update(keys, values)
+    def __init__(self, length: int):
+        self.length, self.keys, self.values, self.position = length, None, None, None
+
+    def update(self, keys, values, *_, **__):
+        if self.keys is None:
+            self.keys, self.values = (
+                x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values))
+        self.keys.index_copy_(2, self.position, keys)
+        self.values.index_copy_(2, self.position, values)
+        return self.keys, self.values
 
 
-class LinearThenBias(torch.nn.Linear):
-    """A Linear whose product torch.compile can fuse: it does that to mm, not addmm."""
+def attend(module, query, key, value, attention_mask, scaling=None, **named):
+    """Attention of transformers' interface; [batch, heads, rows, size] of each.
 
-    def forward(self, x):
-        return F.linear(x, self.weight) + self.bias
-
-
-def compile_layers(model) -> None:
-    """Make all decoder layers run as one compiled function.
-
-    Coordinate descent makes a one-row product a fused multiply-and-sum; being slow to
-    compile, it is left to the graph of one row.
+    For one row, the heads that share a key stand in as its rows: nothing is copied.
     """
-    torch._dynamo.reset()
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if query.shape[2] > 1:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **named)
+    rows = query.reshape(len(key), key.shape[1], -1, query.shape[3])
+    if len(rows) == 1:
+        scores = (rows.float()[..., None, :] * key[:, :, None]).sum(-1)
+        weights = (scores * scaling + attention_mask).softmax(-1)
+        y = (weights[..., None] * value[:, :, None]).sum(-2).to(query.dtype)
+    else:
+        y = F.scaled_dot_product_attention(
+            rows, key, value, attn_mask=attention_mask, scale=scaling)
+    return y.reshape(len(y), 1, query.shape[1], -1), None
+
+
+def compile_layers(model, compiled: bool) -> None:
+    """Make all decoder layers run as one function, compiled for one row and for more."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("quant_lab", attend)
+    model.set_attn_implementation("quant_lab")
     layers = model.get_decoder().layers
-    for module in layers.modules():
-        if type(module) is torch.nn.Linear and module.bias is not None:
-            module.__class__ = LinearThenBias
-    forward, tuned = type(layers[0]).forward, {"coordinate_descent_tuning": True}
-    many = torch.compile(forward, fullgraph=True)
-    row = torch.compile(forward, fullgraph=True, options=tuned)
+    row = many = eager = type(layers[0]).forward
+    if compiled:
+        torch._dynamo.reset()
+        row = torch.compile(eager, fullgraph=True)
+        many = torch.compile(eager, fullgraph=True, options=MANY)
 
     def run(layer, number, hidden, *inputs, past_key_values, **named):
-        return (row if hidden.shape[:2] == (1, 1) else many)(
-            layer, hidden, *inputs, **named,
-            past_key_values=LayerCache(past_key_values.layers[number]))
+        mine, alone = past_key_values[number], hidden.shape[:2] == (1, 1)
+        forward = eager if mine.keys is None else row if alone else many
+        return forward(layer, hidden, *inputs, past_key_values=mine, **named)
 
     for number, layer in enumerate(layers):
         layer.forward = partial(run, layer, number)
 
 
-# %%
-def record(step: Callable, rewind: Callable, device, compiled: bool) -> Callable:
-    """The step, twice warmed up; compiled on a GPU, as the replay of a CUDA graph."""
-    for _ in range(2):
-        rewind()
-        step()
-    rewind()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    if device.type == "cpu" or not compiled:
-        return step
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+MANY = {}
 
 
 # %%
@@ -1158,44 +1287,70 @@ class Decoder:
     """
 
     def __init__(self, model, prompt, new_tokens, compiled, first=None, batch=1):
-        from transformers.cache_utils import Cache, StaticLayer
-
-        begin, length = now(model.device), prompt.shape[1] + new_tokens
-        self.model, self.start = model, prompt.shape[1]
-        self.layers = [StaticLayer(length) for _ in model.get_decoder().layers]
-        self.cache = Cache(layers=self.layers)
+        begin, device = now(model.device), model.device
+        self.model, self.prompt, self.start = model, prompt, prompt.shape[1]
+        length = math.ceil((self.start + new_tokens) / 16) * 16  # Masks are aligned.
         self.token = prompt[:, -1:].repeat(batch, 1)
-        mask = torch.ones(self.start, length, dtype=torch.bool, device=model.device)
-        inputs = dict(input_ids=prompt, attention_mask=mask.tril()[None, None])
+        self.position = torch.full((1,), self.start, device=device)
+        self.hidden = torch.full((self.start, length), -math.inf, dtype=model.dtype,
+                                 device=device).triu(1)[None, None]
+        self.mask = self.hidden[:, :, -1:].clone()
+        self.cache = [LayerCache(length) for _ in model.get_decoder().layers]
         if first is None:
-            self.advance(**inputs)  # Uncompiled: it makes the tensors of the cache.
-            if compiled:
-                compile_layers(model)
-            self.prefill = record(partial(self.advance, **inputs),
-                                  partial(self.rewind, 0), model.device, compiled)
+            compile_layers(model, compiled)
+            self.prefill()  # Uncompiled: it makes the cache.
+            self.prefill = self.record(self.prefill, compiled)
             self.prefill()
-        for mine, known in zip(self.layers, first.layers if first else ()):
-            copies = [x.repeat(batch, 1, 1, 1) for x in (known.keys, known.values)]
-            mine.lazy_initialization(*copies)
-            mine.keys, mine.values = copies
-        self.step = record(partial(self.advance, input_ids=self.token),
-                           partial(self.rewind, self.start), model.device, compiled)
-        self.seconds = now(model.device) - begin
+        for mine, known in zip(self.cache, first.cache if first else ()):
+            mine.keys, mine.values = (
+                x.repeat(batch, 1, 1, 1) for x in (known.keys, known.values))
+        self.step = self.record(self.step, compiled)
+        self.seconds = now(device) - begin
 
-    def advance(self, **inputs) -> None:
+    def advance(self, ids, position, mask) -> None:
         """Run the model; the most probable next token replaces the newest."""
-        output = self.model(**inputs, past_key_values=self.cache, logits_to_keep=1)
-        self.token.copy_(output.logits.argmax(-1))
+        for layer in self.cache:
+            layer.position = position
+        logits = self.model(
+            input_ids=ids, position_ids=position[None], attention_mask=mask,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.token.copy_(logits.argmax(-1))
 
-    def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens of the cache."""
-        for layer in self.layers:
-            layer.cumulative_length.fill_(length)
+    def prefill(self) -> None:
+        """Put the prompt into the cache."""
+        places = torch.arange(self.start, device=self.model.device)
+        self.advance(self.prompt, places, self.hidden)
+
+    def step(self) -> None:
+        """Decode one token of each sequence."""
+        self.mask.index_fill_(3, self.position, 0)
+        self.advance(self.token, self.position, self.mask)
+        self.position += 1
+
+    def rewind(self) -> None:
+        """Forget all tokens after the prompt."""
+        self.position.fill_(self.start)
+        self.mask.copy_(self.hidden[:, :, -1:])
+
+    def record(self, act: Callable, compiled: bool) -> Callable:
+        """The act, twice warmed up; compiled on a GPU, the replay of a CUDA graph."""
+        for _ in range(2):
+            self.rewind()
+            act()
+        self.rewind()
+        if self.token.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        if not self.token.is_cuda or not compiled:
+            return act
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            act()
+        return graph.replay
 
     def run(self, steps: int) -> tuple[float, float]:
         """Seconds of the prefill, if of one copy, and of the steps after it."""
         alone, device = len(self.token) == 1, self.model.device
-        self.rewind(0 if alone else self.start)
+        self.rewind()
         start = now(device)
         if alone:
             self.prefill()
@@ -1210,6 +1365,11 @@ class Decoder:
 def measure_speed(model, prompt: torch.Tensor, options: Options, compiled: bool):
     """Speed and memory of continuing a prompt [1, n]; a batch may be "OOM"."""
     steps, decode, alone, seconds = options.new_tokens - 1, [], None, 0
+    bandwidth, embedding = measure_bandwidth(model.device), model.get_input_embeddings()
+    tied = embedding.weight is model.get_output_embeddings().weight
+    held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+            for x in (*model.parameters(), *model.buffers())}
+    weights = sum(held.values())
     for batch in options.batch_sizes:
         try:
             decoder = Decoder(model, prompt, steps + 1, compiled, alone, batch)
@@ -1227,33 +1387,29 @@ def measure_speed(model, prompt: torch.Tensor, options: Options, compiled: bool)
             single = dict(ttft_s=summarize([first for first, _ in runs]),
                           latency_s=summarize([sum(run) for run in runs]),
                           decode_tok_s=summarize([1 / x for x in itl]))
-        held = {x.data_ptr(): x.nbytes for x in (*model.parameters(), *model.buffers())}
-        looked_up = model.get_input_embeddings().weight
-        tied = looked_up is model.get_output_embeddings().weight
-        read = sum(held.values()) - (0 if tied else looked_up.nbytes) + sum(
-            layer.keys.nbytes + layer.values.nbytes for layer in decoder.layers)
+        read = weights - (0 if tied else embedding.weight.nbytes) + sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in decoder.cache)
         decode.append(dict(
             batch=batch, tok_s=summarize([batch / x for x in itl]),
             itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
-            bandwidth_fraction=read / statistics.median(itl) / (
-                measure_bandwidth(model.device))))
-    return dict(**single, decode=decode, weights_memory_bytes=sum(held.values()),
+            bandwidth_fraction=read / statistics.median(itl) / bandwidth))
+    return dict(**single, decode=decode, weights_memory_bytes=weights,
                 peak_memory_bytes=peak, compile_seconds=seconds if compiled else None,
-                copy_bandwidth=measure_bandwidth(model.device),
-                prompt_tokens=prompt.shape[1])
+                copy_bandwidth=bandwidth, prompt_tokens=prompt.shape[1])
 
 
 # %%
-def name_routes(label: str, model, prompt: int, options: Options, compiled: bool):
+def name_routes(label: str, model, prompt: int, options: Options):
     """How the Linears ran, phase by phase."""
     if label == BASELINE or options.execution == "emulated":
         return ("" if label == BASELINE else "dequantized to ") + SHORT[options.dtype]
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    packed = [m for m in model.modules()
+              if isinstance(m, PackedLinear) and m.kind != "plain"]
     rows = dict(prefill=prompt, decode=1) | {
         f"batch {batch}": batch for batch in options.batch_sizes if batch > 1}
     phases = {}  # How it ran: the phases of which that is true.
     for phase, count in rows.items():
-        ways = " and ".join(sorted({m.route(count, compiled) for m in packed}))
+        ways = " and ".join(sorted({m.route(count) for m in packed}))
         phases.setdefault(ways, []).append(phase)
     return " · ".join(f"{', '.join(names)} {ways}" for ways, names in phases.items())
 
@@ -1285,7 +1441,7 @@ def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace) -> dict:
         model = None  # Never two at once.
         model = place_model(lab.output / "checkpoints" / label, lab)
         speed = measure_speed(model, prompt, options, compiled)
-    routes = name_routes(label, model, length, options, compiled)
+    routes = name_routes(label, model, length, options)
     return dict(
         **quality, **speed, load_seconds=loaded, runs_as=f"{routes} · {how}",
         sample={name: first[name] for name in ("prompt", "completion")})
