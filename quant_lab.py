@@ -737,12 +737,23 @@ def quantize(kind: str, x) -> tuple[torch.Tensor, torch.Tensor]:
     return round_e4m3((x / scale).clamp(-448, 448)), scale
 
 
+def regroup(weight: torch.Tensor, groups: int) -> torch.Tensor:
+    """INT4 words [out, in / 8], reordered within each group of inputs.
+
+    Eight neighbours, lowest bits first, share a word of a checkpoint. Here, word j of the
+    n of a group has its inputs j, n + j, 2 n + j and so on: neighbours in neighbours.
+    """
+    places = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+    bits = (weight[..., None] >> places & 15).view(len(weight), groups, 8, -1)
+    return (bits.transpose(2, 3) << places).sum(-1, dtype=torch.int32).flatten(1)
+
+
 def dequantize(kind: str, weight, scale) -> torch.Tensor:
     """The weight [out, in] of a PackedLinear in the dtype of its scale."""
-    if kind == "int4":  # Stored with 8 added, the first in the lowest bits.
+    if kind == "int4":  # Stored with 8 added.
         places = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
-        weight = ((weight[..., None] >> places & 15) - 8).to(scale.dtype)
-        return (weight.view(*scale.shape, -1) * scale[..., None]).flatten(1)
+        bits = weight.view(*scale.shape, 1, -1) >> places[:, None] & 15
+        return ((bits - 8).to(scale.dtype) * scale[..., None, None]).flatten(1)
     return (read_e4m3(weight) if kind == "fp8" else weight).to(scale.dtype) * scale
 
 
@@ -750,29 +761,32 @@ def dequantize(kind: str, weight, scale) -> torch.Tensor:
 if triton:
     @triton.jit
     def row_kernel(x, weight, scale, x_scale, bias, y, rows, width, GROUP: tl.constexpr,
-                   KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                   KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+                   AHEAD: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         row = tl.minimum(row, rows - 1)  # The last ones may be done twice.
         total = tl.zeros([ROWS, BLOCK], tl.int32 if KIND == "int8" else tl.float32)
-        for begin in range(0, width, BLOCK):
+        for begin in tl.range(0, width, BLOCK, loop_unroll_factor=AHEAD):
             at = begin + tl.arange(0, BLOCK)[None, :]
             inside = at < width
             w = tl.load(weight + row[:, None] * width + at, mask=inside, other=0)
             if KIND == "int4":
-                high, eights = w >> 24, tl.zeros([1, BLOCK], tl.float32)
-                part = tl.zeros([ROWS, BLOCK], tl.float32)
+                high, part = w >> 24, tl.zeros([ROWS, BLOCK], tl.float32)
+                eights = tl.zeros([1, BLOCK], tl.float32)
                 for i in tl.static_range(8):
                     # Read as float32, an integer n below 2**24 is n * 2**-149: the four
                     # bits need no shift, no conversion, only a mask.
                     bits = (w if i < 6 else high) & (15 << 4 * (i % 6))
-                    value = tl.load(x + i * width + at, mask=inside, other=0)
-                    part += bits.to(tl.float32, bitcast=True) * value
-                    eights += value * (8 * 16 ** (i % 6) * 2.0**-149)
+                    value = tl.load(x + at // GROUP * (8 * GROUP) + at % GROUP
+                                    + i * GROUP, mask=inside, other=0).to(tl.float32)
+                    part += bits.to(tl.float32, bitcast=True) * (
+                        value * 2.0 ** (100 - 4 * (i % 6)))
+                    eights += value * (8 * 2.0**-49)
                 total += (part - eights) * tl.load(
                     scale + row[:, None] * (width // GROUP) + at // GROUP,
                     mask=inside, other=0).to(tl.float32)
             else:
-                value = tl.load(x + at, mask=inside, other=0)
+                value = tl.load(x + at, mask=inside, other=0.0)
                 if KIND == "int8":  # Four products and their sum.
                     total = tl.inline_asm_elementwise(
                         "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, value, total],
@@ -797,8 +811,8 @@ if triton:
 
 def row_shape(kind: str, rows: int, width: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program of row_kernel, found by trying on an H100."""
-    return dict(plain=(2, 1024, 4), int8=(2, 256, 2), fp8=(2, 1024, 2),
-                codes=(2, 1024, 2), int4=(2, 128, 1))[kind]
+    return dict(plain=(2, 1024, 4, 1), int8=(2, 256, 2, 1), fp8=(2, 1024, 2, 1),
+                codes=(2, 1024, 2, 1), int4=(2, 128, 1, 1))[kind]
 
 
 @torch.library.custom_op("quant_lab::multiply_row", mutates_args=())
@@ -809,19 +823,13 @@ def multiply_row(kind: str, x: torch.Tensor, weight: torch.Tensor,
     if kind == "int8":
         x, weight = x.view(torch.int32), weight.view(torch.int32)
     rows, width = weight.shape
-    lines, block, warps = row_shape(kind, rows, width)
+    lines, block, warps, ahead = row_shape(kind, rows, width)
     y = x.new_empty(1, rows, dtype=dtype)
     row_kernel[(triton.cdiv(rows, lines),)](
         x, weight, scale, x_scale, bias, y, rows, width,
-        width // scale.shape[1] if kind == "int4" else 1, kind, lines, block,
+        width // scale.shape[1] if kind == "int4" else 1, kind, lines, block, ahead,
         num_warps=warps)
     return y
-
-
-def spread_row(x: torch.Tensor) -> torch.Tensor:
-    """x [in] as eight rows, one for each place in a word, over what the place adds."""
-    places = torch.arange(8, device=x.device) % 6
-    return (x.view(-1, 8).float() * 2.0 ** (100 - 4 * places)).t().contiguous()
 
 
 if triton:
@@ -845,9 +853,11 @@ if triton:
         tl.store(y + a * rows + b, result, mask=(a < n) & (b < rows))
 
 
-def rows_shape(n: int) -> tuple[int, int, int, int, int]:
+def rows_shape(n: int, rows: int) -> tuple[int, int, int, int, int]:
     """Tile, warps and stages of int8_kernel for n rows, found by trying on an H100."""
-    return (128, 128, 128, 8, 3) if n > 64 else (16, 64, 128, 4, 4)
+    if n <= 64:
+        return (16 if n <= 16 else 32, 32, 256, 4, 4)
+    return (128, 128, 128, 4, 3) if n * rows > 2**21 else (64, 128, 128, 4, 4)
 
 
 @torch.library.custom_op("quant_lab::multiply_int8", mutates_args=())
@@ -855,12 +865,47 @@ def multiply_int8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
                   x_scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [n, in] times an INT8 weight on tensor cores, scaled, plus bias: [n, out]."""
     (n, width), rows = x.shape, len(weight)
-    m, tile, block, warps, stages = rows_shape(n)
+    m, tile, block, warps, stages = rows_shape(n, rows)
     y = scale.new_empty(n, rows)
     int8_kernel[(triton.cdiv(n, m), triton.cdiv(rows, tile))](
         x, weight, scale, x_scale, bias, y, n, rows, width, m, tile, block,
         num_warps=warps, num_stages=stages)
     return y
+
+
+if triton:
+    @triton.jit
+    def round_kernel(x, y, scale, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+        row, at = tl.program_id(0), tl.arange(0, BLOCK)
+        inside = at < width
+        value = tl.load(x + row * width + at, mask=inside, other=0)
+        value = value.to(tl.float32)
+        by = tl.div_rn(tl.max(tl.abs(value)), 127.5 if KIND == "int8" else 448.0)
+        by = by.to(scale.dtype.element_ty).to(tl.float32)
+        by = tl.where(by == 0, 2.0**-10, by)
+        value = tl.div_rn(value, by).to(scale.dtype.element_ty).to(tl.float32)
+        if KIND == "int8":  # Adding this rounds to an integer, ties to even.
+            value = (tl.clamp(value, -128.0, 127.0) + 1.5 * 2**23) - 1.5 * 2**23
+        else:
+            value = tl.clamp(value, -448.0, 448.0)
+        tl.store(y + row * width + at, value.to(y.dtype.element_ty), mask=inside)
+        tl.store(scale + row, by)
+
+
+@torch.library.custom_op("quant_lab::round_rows", mutates_args=())
+def round_rows(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `quantize` does to rows [n, in], in 8 bits: values [n, in], scales [n, 1]."""
+    (n, width), kept = x.shape, torch.int8 if kind == "int8" else torch.float8_e4m3fn
+    y, scale = x.new_empty(n, width, dtype=kept), x.new_empty(n, 1)
+    block = triton.next_power_of_2(width)
+    round_kernel[(n,)](x, y, scale, width, kind, block,
+                       num_warps=min(max(block // 1024, 1), 32))
+    return y, scale
+
+
+round_rows.register_fake(lambda kind, x: (
+    x.new_empty(*x.shape, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn),
+    x.new_empty(len(x), 1)))
 
 
 @torch.library.custom_op("quant_lab::multiply_fp8", mutates_args=())
@@ -884,6 +929,9 @@ multiply_fp8.register_fake(lambda x, weight, factor, dtype: (
 
 
 # %%
+WIDE = 4096
+
+
 class PackedLinear(torch.nn.Module):
     """A Linear on the tensors of its checkpoint.
 
@@ -918,20 +966,23 @@ class PackedLinear(torch.nn.Module):
         way, weight, scale = self.route(rows), self.weight, None
         if way == "plain":
             return F.linear(x, weight, self.bias)
-        if self.kind in ("int8", "fp8"):
-            x, scale = quantize(self.kind, x)
+        dtype, kept = x.dtype, dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
         if way.startswith("dequantized"):
-            x = x if scale is None else x * scale
+            if self.kind in kept:
+                x, scale = quantize(self.kind, x)
+                x = x * scale
             return F.linear(x, dequantize(self.kind, weight, self.scale), self.bias)
         x = x.reshape(rows, -1)
-        dtype = x.dtype if self.scale is None else self.scale.dtype
-        x = x.to(torch.int8) if self.kind == "int8" else x
+        kind = "codes" if self.kind == "fp8" and self.sm < (8, 9) else self.kind
+        if kind in kept and x.shape[1] > WIDE and triton:  # Else with what came before.
+            x, scale = round_rows(kind, x)
+        elif self.kind in kept:
+            x, scale = quantize(self.kind, x)
+            x = x if kind == "codes" else x.to(kept[kind])
         if way.endswith("registers"):
-            x = spread_row(x[0]) if self.kind == "int4" else x
-            kind = "codes" if self.kind == "fp8" and self.sm < (8, 9) else self.kind
             return multiply_row(
                 kind, x, weight, self.scale, scale, self.bias, dtype).view(shape)
-        scale, factor, fp8 = scale.reshape(rows, 1), 1, torch.float8_e4m3fn
+        factor, fp8 = 1, torch.float8_e4m3fn
         if self.kind == "int8" and triton and self.sm >= (8, 0):
             return multiply_int8(x, weight, self.scale, scale, self.bias).view(shape)
         if self.kind == "int8":  # _int_mm wants more than 16 rows.
@@ -939,7 +990,7 @@ class PackedLinear(torch.nn.Module):
             y = torch._int_mm(x, weight.t())[:rows]
         else:  # By a power of two, which rounds nothing, below the overflow of 16 bits.
             factor = 2.0 ** math.ceil(math.log2(448 * 448 * weight.shape[1] / 65504))
-            y = multiply_fp8(x.to(fp8), weight.view(fp8), factor, dtype)
+            y = multiply_fp8(x, weight.view(fp8), factor, dtype)
         y = y.float() * (scale.float() * factor * self.scale.float().t())
         return (y if self.bias is None else y + self.bias.float()).to(dtype).view(shape)
 
@@ -972,7 +1023,9 @@ def pack_linear(linear: torch.nn.Module, sm: tuple[int, int]) -> PackedLinear:
     kept = dict(int4=torch.int32, int8=torch.int8, fp8=torch.int8).get(kind)
     if not kept or not scheme.weights.symmetric or hasattr(linear, "weight_g_idx"):
         raise ValueError("this format runs with --execution emulated only")
-    return PackedLinear(kind, stored.data.view(kept), linear.weight_scale, linear.bias, sm)
+    weight, scale = stored.data.view(kept), linear.weight_scale
+    weight = regroup(weight, scale.shape[1]) if kind == "int4" else weight
+    return PackedLinear(kind, weight, scale, linear.bias, sm)
 
 
 def pack_model(model, sm: tuple[int, int]) -> None:
@@ -1232,6 +1285,53 @@ class LayerCache:
         return self.keys, self.values
 
 
+if triton:
+    @triton.jit
+    def attend_kernel(query, keys, values, mask, y, tops, totals, scaling, length,
+                      GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+        head, part = tl.program_id(0), tl.program_id(1)
+        at, column = part * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SIZE)
+        inside = at[:, None] < length
+        here = (head // GROUP * length + at[:, None]) * SIZE + column[None, :]
+        key = tl.load(keys + here, mask=inside, other=0).to(tl.float32)
+        value = tl.load(values + here, mask=inside, other=0).to(tl.float32)
+        q = tl.load(query + head * SIZE + column).to(tl.float32) * scaling
+        hidden = tl.load(mask + at, mask=at < length, other=-float("inf"))
+        score = tl.sum(key * q[None, :], 1) + hidden.to(tl.float32)
+        top = tl.maximum(tl.max(score), -1e30)  # All may be hidden.
+        weight, place = tl.exp(score - top), head * tl.num_programs(1) + part
+        tl.store(tops + place, top)
+        tl.store(totals + place, tl.sum(weight))
+        tl.store(y + place * SIZE + column, tl.sum(weight[:, None] * value, 0))
+
+
+ATT = (64, 4)
+
+
+@torch.library.custom_op("quant_lab::attend_parts", mutates_args=())
+def attend_parts(
+        query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor,
+        scaling: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of one row to parts of the keys, before it is divided by its total.
+
+    query [1, heads, 1, size], keys and values [1, heads, n, size]; returns [heads,
+    parts, size] and, [heads, parts, 1] both, the highest score and the total.
+    """
+    (_, heads, _, size), length = query.shape, keys.shape[2]
+    parts = triton.cdiv(length, ATT[0])
+    y, tops, totals = (query.new_empty(heads, parts, n, dtype=torch.float32)
+                       for n in (size, 1, 1))
+    attend_kernel[(heads, parts)](
+        query, keys, values, mask, y, tops, totals, scaling, length,
+        heads // keys.shape[1], size, ATT[0], num_warps=ATT[1])
+    return y, tops, totals
+
+
+attend_parts.register_fake(lambda query, keys, values, mask, scaling: tuple(
+    query.new_empty(query.shape[1], -(-keys.shape[2] // ATT[0]), n, dtype=torch.float32)
+    for n in (query.shape[3], 1, 1)))
+
+
 def attend(module, query, key, value, attention_mask, scaling=None, **named):
     """Attention of transformers' interface; [batch, heads, rows, size] of each.
 
@@ -1239,17 +1339,16 @@ def attend(module, query, key, value, attention_mask, scaling=None, **named):
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if query.shape[2] > 1:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **named)
+    if query.shape[2] > 1:  # From nothing: causal, and no mask.
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
+    if triton and query.is_cuda and len(query) == 1 and query.shape[3] in (64, 128, 256):
+        y, tops, totals = attend_parts(query, key, value, attention_mask, scaling)
+        fade = (tops - tops.amax(1, keepdim=True)).exp()
+        y = (y * fade).sum(1) / (totals * fade).sum(1)
+        return y.to(query.dtype)[None, None], None
     rows = query.reshape(len(key), key.shape[1], -1, query.shape[3])
-    if len(rows) == 1:
-        scores = (rows.float()[..., None, :] * key[:, :, None]).sum(-1)
-        weights = (scores * scaling + attention_mask).softmax(-1)
-        y = (weights[..., None] * value[:, :, None]).sum(-2).to(query.dtype)
-    else:
-        y = F.scaled_dot_product_attention(
-            rows, key, value, attn_mask=attention_mask, scale=scaling)
+    y = F.scaled_dot_product_attention(
+        rows, key, value, attn_mask=attention_mask, scale=scaling)
     return y.reshape(len(y), 1, query.shape[1], -1), None
 
 
@@ -1263,7 +1362,7 @@ def compile_layers(model, compiled: bool) -> None:
     row = many = eager = type(layers[0]).forward
     if compiled:
         torch._dynamo.reset()
-        row = torch.compile(eager, fullgraph=True)
+        row = torch.compile(eager, fullgraph=True, options=ONE)
         many = torch.compile(eager, fullgraph=True, options=MANY)
 
     def run(layer, number, hidden, *inputs, past_key_values, **named):
@@ -1276,6 +1375,7 @@ def compile_layers(model, compiled: bool) -> None:
 
 
 MANY = {}
+ONE = {}
 
 
 # %%
@@ -1292,9 +1392,7 @@ class Decoder:
         length = math.ceil((self.start + new_tokens) / 16) * 16  # Masks are aligned.
         self.token = prompt[:, -1:].repeat(batch, 1)
         self.position = torch.full((1,), self.start, device=device)
-        self.hidden = torch.full((self.start, length), -math.inf, dtype=model.dtype,
-                                 device=device).triu(1)[None, None]
-        self.mask = self.hidden[:, :, -1:].clone()
+        self.mask = torch.zeros(1, 1, 1, length, dtype=model.dtype, device=device)
         self.cache = [LayerCache(length) for _ in model.get_decoder().layers]
         if first is None:
             compile_layers(model, compiled)
@@ -1319,7 +1417,7 @@ class Decoder:
     def prefill(self) -> None:
         """Put the prompt into the cache."""
         places = torch.arange(self.start, device=self.model.device)
-        self.advance(self.prompt, places, self.hidden)
+        self.advance(self.prompt, places, None)
 
     def step(self) -> None:
         """Decode one token of each sequence."""
@@ -1330,7 +1428,7 @@ class Decoder:
     def rewind(self) -> None:
         """Forget all tokens after the prompt."""
         self.position.fill_(self.start)
-        self.mask.copy_(self.hidden[:, :, -1:])
+        self.mask[..., self.start :] = -math.inf
 
     def record(self, act: Callable, compiled: bool) -> Callable:
         """The act, twice warmed up; compiled on a GPU, the replay of a CUDA graph."""
