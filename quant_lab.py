@@ -728,13 +728,20 @@ def round_e4m3(x: torch.Tensor) -> torch.Tensor:
     return (torch.round(x / step) * step).to(x.dtype)
 
 
-def quantize(kind: str, x) -> tuple[torch.Tensor, torch.Tensor]:
-    """x over its scale, rounded, in x's dtype; the scale [..., 1], one per token."""
-    scale = x.abs().amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
+def quantize(kind: str, x, native: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """x over its scale in 8 bits; the scale [..., 1], one per token.
+
+    native: whether kernels know FP8; without, its values come in x's dtype.
+    """
+    top = x.abs()
+    if x.shape[-1] > 4096 and x.shape[-1] % 32 == 0:  # In parallel where a row is long.
+        top = top.unflatten(-1, (32, -1)).amax(-1)
+    scale = top.amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     if kind == "int8":
-        return (x / scale).clamp(-128, 127).round(), scale
-    return round_e4m3((x / scale).clamp(-448, 448)), scale
+        return (x / scale).clamp(-128, 127).round().to(torch.int8), scale
+    x = (x / scale).clamp(-448, 448)
+    return x.to(torch.float8_e4m3fn) if native else round_e4m3(x), scale
 
 
 def regroup(weight: torch.Tensor, groups: int) -> torch.Tensor:
@@ -761,12 +768,11 @@ def dequantize(kind: str, weight, scale) -> torch.Tensor:
 if triton:
     @triton.jit
     def row_kernel(x, weight, scale, x_scale, bias, y, rows, width, GROUP: tl.constexpr,
-                   KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-                   AHEAD: tl.constexpr):
+                   KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         row = tl.minimum(row, rows - 1)  # The last ones may be done twice.
         total = tl.zeros([ROWS, BLOCK], tl.int32 if KIND == "int8" else tl.float32)
-        for begin in tl.range(0, width, BLOCK, loop_unroll_factor=AHEAD):
+        for begin in range(0, width, BLOCK):
             at = begin + tl.arange(0, BLOCK)[None, :]
             inside = at < width
             w = tl.load(weight + row[:, None] * width + at, mask=inside, other=0)
@@ -811,8 +817,13 @@ if triton:
 
 def row_shape(kind: str, rows: int, width: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program of row_kernel, found by trying on an H100."""
-    return dict(plain=(2, 1024, 4, 1), int8=(2, 256, 2, 1), fp8=(2, 1024, 2, 1),
-                codes=(2, 1024, 2, 1), int4=(2, 128, 1, 1))[kind]
+    if kind == "plain":
+        return (2, 1024, 4) if width <= 2048 else (2, 2048, 8)
+    if kind == "int4":
+        return (4, 128, 1) if width <= 128 or rows > 8192 else (4, 512, 4)
+    if kind == "int8":
+        return (2, 512, 2) if width > 256 else (8, 128, 1) if rows > 8192 else (2, 256, 1)
+    return (1, 2048, 4) if width > 2048 > rows else (2, 1024, 2)
 
 
 @torch.library.custom_op("quant_lab::multiply_row", mutates_args=())
@@ -823,11 +834,11 @@ def multiply_row(kind: str, x: torch.Tensor, weight: torch.Tensor,
     if kind == "int8":
         x, weight = x.view(torch.int32), weight.view(torch.int32)
     rows, width = weight.shape
-    lines, block, warps, ahead = row_shape(kind, rows, width)
+    lines, block, warps = row_shape(kind, rows, width)
     y = x.new_empty(1, rows, dtype=dtype)
     row_kernel[(triton.cdiv(rows, lines),)](
         x, weight, scale, x_scale, bias, y, rows, width,
-        width // scale.shape[1] if kind == "int4" else 1, kind, lines, block, ahead,
+        width // scale.shape[1] if kind == "int4" else 1, kind, lines, block,
         num_warps=warps)
     return y
 
@@ -873,41 +884,6 @@ def multiply_int8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor,
     return y
 
 
-if triton:
-    @triton.jit
-    def round_kernel(x, y, scale, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
-        row, at = tl.program_id(0), tl.arange(0, BLOCK)
-        inside = at < width
-        value = tl.load(x + row * width + at, mask=inside, other=0)
-        value = value.to(tl.float32)
-        by = tl.div_rn(tl.max(tl.abs(value)), 127.5 if KIND == "int8" else 448.0)
-        by = by.to(scale.dtype.element_ty).to(tl.float32)
-        by = tl.where(by == 0, 2.0**-10, by)
-        value = tl.div_rn(value, by).to(scale.dtype.element_ty).to(tl.float32)
-        if KIND == "int8":  # Adding this rounds to an integer, ties to even.
-            value = (tl.clamp(value, -128.0, 127.0) + 1.5 * 2**23) - 1.5 * 2**23
-        else:
-            value = tl.clamp(value, -448.0, 448.0)
-        tl.store(y + row * width + at, value.to(y.dtype.element_ty), mask=inside)
-        tl.store(scale + row, by)
-
-
-@torch.library.custom_op("quant_lab::round_rows", mutates_args=())
-def round_rows(kind: str, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `quantize` does to rows [n, in], in 8 bits: values [n, in], scales [n, 1]."""
-    (n, width), kept = x.shape, torch.int8 if kind == "int8" else torch.float8_e4m3fn
-    y, scale = x.new_empty(n, width, dtype=kept), x.new_empty(n, 1)
-    block = triton.next_power_of_2(width)
-    round_kernel[(n,)](x, y, scale, width, kind, block,
-                       num_warps=min(max(block // 1024, 1), 32))
-    return y, scale
-
-
-round_rows.register_fake(lambda kind, x: (
-    x.new_empty(*x.shape, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn),
-    x.new_empty(len(x), 1)))
-
-
 @torch.library.custom_op("quant_lab::multiply_fp8", mutates_args=())
 def multiply_fp8(x: torch.Tensor, weight: torch.Tensor, factor: float,
                  dtype: torch.dtype) -> torch.Tensor:
@@ -929,9 +905,6 @@ multiply_fp8.register_fake(lambda x, weight, factor, dtype: (
 
 
 # %%
-WIDE = 4096
-
-
 class PackedLinear(torch.nn.Module):
     """A Linear on the tensors of its checkpoint.
 
@@ -944,6 +917,7 @@ class PackedLinear(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.kind, self.scale, self.bias, self.sm = kind, scale, bias, sm
+        self.native = sm == (0, 0) or sm >= (8, 9)  # Whether kernels know FP8.
 
     def route(self, rows: int) -> str:
         """How so many rows are multiplied; the reason, if they are dequantized."""
@@ -966,31 +940,27 @@ class PackedLinear(torch.nn.Module):
         way, weight, scale = self.route(rows), self.weight, None
         if way == "plain":
             return F.linear(x, weight, self.bias)
-        dtype, kept = x.dtype, dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
+        dtype, kind = x.dtype, self.kind
+        if kind in ("int8", "fp8"):
+            x, scale = quantize(kind, x, self.native)
         if way.startswith("dequantized"):
-            if self.kind in kept:
-                x, scale = quantize(self.kind, x)
-                x = x * scale
-            return F.linear(x, dequantize(self.kind, weight, self.scale), self.bias)
+            x = x if scale is None else x.to(dtype) * scale
+            return F.linear(x, dequantize(kind, weight, self.scale), self.bias)
         x = x.reshape(rows, -1)
-        kind = "codes" if self.kind == "fp8" and self.sm < (8, 9) else self.kind
-        if kind in kept and x.shape[1] > WIDE and triton:  # Else with what came before.
-            x, scale = round_rows(kind, x)
-        elif self.kind in kept:
-            x, scale = quantize(self.kind, x)
-            x = x if kind == "codes" else x.to(kept[kind])
         if way.endswith("registers"):
+            kind = "codes" if kind == "fp8" and not self.native else kind
             return multiply_row(
                 kind, x, weight, self.scale, scale, self.bias, dtype).view(shape)
-        factor, fp8 = 1, torch.float8_e4m3fn
-        if self.kind == "int8" and triton and self.sm >= (8, 0):
+        scale = scale.reshape(rows, 1)
+        factor = 1
+        if kind == "int8" and triton and self.sm >= (8, 0):
             return multiply_int8(x, weight, self.scale, scale, self.bias).view(shape)
-        if self.kind == "int8":  # _int_mm wants more than 16 rows.
+        if kind == "int8":  # _int_mm wants more than 16 rows.
             x = F.pad(x, (0, 0, 0, 32 - rows)) if rows <= 16 else x
             y = torch._int_mm(x, weight.t())[:rows]
         else:  # By a power of two, which rounds nothing, below the overflow of 16 bits.
             factor = 2.0 ** math.ceil(math.log2(448 * 448 * weight.shape[1] / 65504))
-            y = multiply_fp8(x, weight.view(fp8), factor, dtype)
+            y = multiply_fp8(x, weight.view(x.dtype), factor, dtype)
         y = y.float() * (scale.float() * factor * self.scale.float().t())
         return (y if self.bias is None else y + self.bias.float()).to(dtype).view(shape)
 
@@ -1374,8 +1344,7 @@ def compile_layers(model, compiled: bool) -> None:
         layer.forward = partial(run, layer, number)
 
 
-MANY = {}
-ONE = {}
+MANY = ONE = {"unroll_reductions_threshold": 33}
 
 
 # %%
