@@ -44,7 +44,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache, partial
 from itertools import islice, product, zip_longest
@@ -76,7 +76,15 @@ that the compressed-tensors of vLLM 0.20 to 0.22 rejects for W8A8.
 """
 
 # %%
-Variant = make_dataclass("Variant", ("scheme", "recipe", ("calibrated", bool, False)))
+@dataclass(frozen=True)
+class Variant:
+    """A row of the lab: the scheme's name, its recipe, whether it needs calibration."""
+
+    scheme: str
+    recipe: Callable[[SimpleNamespace, "Options"], list]
+    calibrated: bool = False
+
+
 LINEAR = dict(targets="Linear", ignore=["lm_head"])
 VARIANTS = {
     "00_fp16_baseline": Variant("FP16", lambda m, o: []),
@@ -116,36 +124,44 @@ PROMPTS = (
     "Which planet of the solar system has the shortest day?",
     "Name three primary colors as a JSON array of strings, and write nothing else.",
 )
-# Per option the default, a remark, and the least (and greatest) value or the choices.
-SETTINGS = dict(
-    model=("Qwen/Qwen2.5-0.5B-Instruct", "hub id or folder of a causal LM"),
-    variants=(tuple(v for v in VARIANTS if v != CONTROL),
-              f"fewer for a quick look; {CONTROL} as a control"),
-    output_dir=("", "where to write, if not results/<model>-<device>"),
-    calibration_data=(
-        ULTRACHAT, 'a .jsonl of {"messages": [...]} closer to your traffic'),
-    calibration_samples=(256, "more if modules fall back to rounding", 1),
-    calibration_length=(1024, "tokens a sample; less to save memory", 8),
-    eval_text=(WIKITEXT, "a text file (UTF-8) of your domain"),
-    window=(2048, "tokens; 2048 compares with papers", 2),
-    max_windows=(0, "20 for a quick look; 0 scores the whole text", 0),
-    kld_tokens=(8192, "more for a narrower interval; they fill a file", 1),
-    dampening=(0.01, "0.1 if modules fall back to rounding", 0, 1),
-    smoothing_strength=(0.8, "less leaves more to activations", 0, 1),
-    new_tokens=(64, "length of the completions", 2),
-    batch_sizes=((1, 8, 32), "sequences decoded at once; 1 always is", 1),
-    repeats=(5, "more if the range of the timings is wide", 1),
-    execution=("packed", "emulated is what plain transformers does",
-               "packed", "emulated"),
-    no_compile=(False, "a quick look at speed; a CPU never compiles"),
-    dtype=("float16", "bfloat16 or float32 if float16 overflows", *SHORT),
-    device=("auto", "cpu runs anywhere", "auto", "cuda", "cpu"),
-    seed=(42, "to see what the choice of chats changes", 0, 2**32 - 1),
-    demo=(False, "a tiny model and Python's own help: no GPU, no network"),
-    fresh=(False, "forget finished work in the output folder"),
-)
-Options = make_dataclass("Options", [
-    (name, type(value), value) for name, (value, *_) in SETTINGS.items()], frozen=True)
+
+
+def option(default, remark: str, *limits):
+    """A field of Options: default, remark, the least (and greatest) or the choices."""
+    return field(default=default, metadata=dict(remark=remark, limits=limits))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What can be changed, and when to."""
+
+    model: str = option("Qwen/Qwen2.5-0.5B-Instruct", "hub id or folder of a causal LM")
+    variants: tuple = option(tuple(v for v in VARIANTS if v != CONTROL),
+                             f"fewer for a quick look; {CONTROL} as a control")
+    output_dir: str = option("", "where to write, if not results/<model>-<device>")
+    calibration_data: str = option(
+        ULTRACHAT, 'a .jsonl of {"messages": [...]} closer to your traffic')
+    calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
+    calibration_length: int = option(1024, "tokens a sample; less to save memory", 8)
+    eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
+    window: int = option(2048, "tokens; 2048 compares with papers", 2)
+    max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
+    kld_tokens: int = option(8192, "more for a narrower interval; they fill a file", 1)
+    dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
+    smoothing_strength: float = option(0.8, "less leaves more to activations", 0, 1)
+    new_tokens: int = option(64, "length of the completions", 2)
+    batch_sizes: tuple = option((1, 8, 32), "sequences decoded at once; 1 always is", 1)
+    repeats: int = option(5, "more if the range of the timings is wide", 1)
+    execution: str = option("packed", "emulated is what plain transformers does",
+                            "packed", "emulated")
+    no_compile: bool = option(False, "a quick look at speed; a CPU never compiles")
+    dtype: str = option("float16", "bfloat16 or float32 if float16 overflows", *SHORT)
+    device: str = option("auto", "cpu runs anywhere", "auto", "cuda", "cpu")
+    seed: int = option(42, "to see what the choice of chats changes", 0, 2**32 - 1)
+    demo: bool = option(False, "a tiny model and Python's own help: no GPU, no network")
+    fresh: bool = option(False, "forget finished work in the output folder")
+
+
 DEMO = dict(model="tests/tiny-qwen2", calibration_data=PYTHON_HELP,
             eval_text=PYTHON_HELP, calibration_samples=32, calibration_length=512,
             window=512, batch_sizes=(1, 8))
@@ -194,27 +210,29 @@ def parse_options(words: list[str]) -> Options:
         prog="quant_lab.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
-    for name, (default, remark, *limits) in SETTINGS.items():
-        kind = type(default)
+    flags = {"--" + f.name.replace("_", "-"): f for f in fields(Options)}
+    for flag, f in flags.items():
+        kind, limits = type(f.default), f.metadata["limits"]
         how = (dict(action="store_true") if kind is bool else
-               dict(nargs="+", type=type(default[0])) if kind is tuple else
+               dict(nargs="+", type=type(f.default[0])) if kind is tuple else
                dict(type=kind, choices=limits if kind is str and limits else None))
-        shown = "" if default == "" or kind is bool else " [%(default)s]"
-        parser.add_argument("--" + name.replace("_", "-"), default=default,
-                            help=remark + shown, **how)
+        shown = "" if f.default == "" or kind is bool else " [%(default)s]"
+        parser.add_argument(flag, default=f.default, help=f.metadata["remark"] + shown,
+                            **how)
     parser.set_defaults(**(DEMO if "--demo" in words else {}))
     options = Options(**vars(parser.parse_args(words)))
     asked = ",".join(options.variants).split(",")
     if unknown := [label for label in asked if label not in VARIANTS]:
         stop(f"--variants {unknown[0]!r}: choose from {', '.join(VARIANTS)}")
-    for name, (_, _, *limits) in SETTINGS.items():
-        value = getattr(options, name)
+    for flag, f in flags.items():
+        value, limits = getattr(options, f.name), f.metadata["limits"]
+        if not limits or isinstance(value, str):
+            continue
+        low, high = (*limits, math.inf)[:2]
         for one in value if isinstance(value, (list, tuple)) else [value]:
-            if limits and not isinstance(one, str):
-                low, high = (*limits, math.inf)[:2]
-                if not low <= one <= high:
-                    stop(f"--{name.replace('_', '-')} {one}: must be at least {low}"
-                         + ("" if high == math.inf else f" and at most {high}"))
+            if not low <= one <= high:
+                stop(f"{flag} {one}: must be at least {low}"
+                     + ("" if high == math.inf else f" and at most {high}"))
     return replace(options, variants=tuple(v for v in VARIANTS if v in asked),
                    batch_sizes=tuple(sorted({1, *options.batch_sizes})))
 
@@ -330,7 +348,7 @@ def open_model(options: Options) -> tuple[Path, object, int]:
     return folder, tokenizer, context
 
 
-def tokenize_prompt(tokenizer, prompt: str) -> dict[str, torch.Tensor]:
+def tokenize_prompt(tokenizer, prompt: str) -> dict[str, Tensor]:
     """A prompt in the chat template: input_ids and attention_mask, each [1, n]."""
     return tokenizer.apply_chat_template(
         [dict(role="user", content=prompt)], add_generation_prompt=True,
@@ -416,7 +434,7 @@ def load_calibration(options: Options, tokenizer, context: int) -> list[list[int
     return samples
 
 
-def load_evaluation(options: Options, tokenizer, context: int) -> torch.Tensor:
+def load_evaluation(options: Options, tokenizer, context: int) -> Tensor:
     """Token ids [n] of the evaluation text; one that cannot be used exits with 2."""
     source, window = options.eval_text, options.window
     with usable("--eval-text", source, "give a UTF-8 text (default: needs network)"):
@@ -436,10 +454,21 @@ def load_evaluation(options: Options, tokenizer, context: int) -> torch.Tensor:
 
 
 # %%
-# What all variants share; eval_ids [n] and the lists in samples are token ids.
-Lab = make_dataclass("Lab", (
-    "options", "device", "machine", "versions", "output", "model", "tokenizer",
-    "eval_ids", "samples", ("context", int, 2**31)), frozen=True)
+@dataclass(frozen=True)
+class Lab:
+    """What all variants share; eval_ids [n] and samples are token ids."""
+
+    options: Options
+    device: torch.device
+    machine: dict
+    versions: dict
+    output: Path
+    model: Path
+    tokenizer: object
+    eval_ids: Tensor
+    samples: list[list[int]]
+    context: int = 2**31
+
 
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
@@ -710,6 +739,9 @@ if triton:
             result += tl.load(bias + row).to(tl.float32)
         tl.store(y + row, result)
 
+
+# %%
+if triton:
     @triton.jit
     def int8_kernel(x, weight, scale, x_scale, bias, y, n, rows, width, M: tl.constexpr,
                     N: tl.constexpr, BLOCK: tl.constexpr):
@@ -730,7 +762,6 @@ if triton:
         tl.store(y + a * rows + b, result, mask=(a < n) & (b < rows))
 
 
-# %%
 def row_shape(kind: str, rows: int, width: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program of row_kernel: the fastest on an H100."""
     if kind == "plain":
@@ -744,6 +775,7 @@ def row_shape(kind: str, rows: int, width: int) -> tuple[int, int, int]:
     return (1, 2048, 4) if width > 2048 > rows else (2, 1024, 2)
 
 
+# %%
 @torch.library.custom_op("quant_lab::multiply", mutates_args=())
 def multiply(kind: str, x: Tensor, weight: Tensor, scale: Tensor | None,
              x_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -789,8 +821,8 @@ class PackedLinear(torch.nn.Module):
     """A Linear on the tensors of its checkpoint.
 
     kind: int4, int8, fp8 or plain. weight [out, in] as int8 (FP8: its codes), 16-bit
-    or, int4, [out, in / 8] as `regroup` returns it; scale [out, groups], one group
-    unless int4. sm: the GPU's compute capability, (0, 0) on a CPU.
+    or, int4, as `regroup` returns it; scale [out, groups], one group unless int4. sm:
+    the GPU's compute capability, (0, 0) on a CPU.
     """
 
     def __init__(self, kind: str, weight, scale, bias, sm: tuple[int, int]):
@@ -887,6 +919,7 @@ def pack_model(model, sm: tuple[int, int]) -> None:
         plain = sm > (0, 0) and isinstance(module, torch.nn.Linear)
         if plain or getattr(module, "quantization_scheme", None):
             model.set_submodule(name, pack_linear(module, sm))
+            module._parameters.clear()  # Or a reference cycle would keep them.
     if sm == (0, 0):
         return
     same = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -921,7 +954,7 @@ LOGITS_FILE_BYTES, BLOCKS = 5e9, 30
 
 
 @torch.no_grad()
-def score_text(model, ids: torch.Tensor, options: Options, visit) -> torch.Tensor:
+def score_text(model, ids: Tensor, options: Options, visit) -> Tensor:
     """Negative log-likelihoods [windows, window - 1] in nats of the token ids [n].
 
     Calls `visit(window's number, logits [k, vocabulary])` with those to be compared.
@@ -990,7 +1023,7 @@ def measure_reference(lab: Lab) -> SimpleNamespace | Exception:
 
 
 # %%
-def estimate(values: torch.Tensor, windows: torch.Tensor, scale=float, name="value"):
+def estimate(values: Tensor, windows: Tensor, scale=float, name="value"):
     """Mean of values [n], by this name, and its 95 % interval, low and high, scaled.
 
     windows [n] tells the window of each; of one or two, low and high are None. Standard
@@ -1189,6 +1222,23 @@ def compile_layers(model, compiled: bool) -> None:
 
 
 # %%
+def record(act: Callable, rewind: Callable, device, compiled: bool) -> Callable:
+    """The act, twice warmed up; compiled on a GPU, the replay of a CUDA graph."""
+    for _ in range(2):
+        rewind()
+        act()
+    rewind()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if device.type == "cpu" or not compiled:
+        return act
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        act()
+    return graph.replay
+
+
+# %%
 class Decoder:
     """Greedy decoding of `batch` copies of a prompt, ids [1, n].
 
@@ -1197,23 +1247,23 @@ class Decoder:
     """
 
     def __init__(self, model, prompt, new_tokens, compiled, first=None, batch=1):
-        begin, self.model, self.prompt = now(model.device), model, prompt
-        self.start, device = prompt.shape[1], model.device
-        length = math.ceil((self.start + new_tokens) / 16) * 16  # Masks are aligned.
-        self.token, self.places = prompt[:, -1:].repeat(batch, 1), torch.arange(
-            self.start, device=device)
-        self.position = torch.full((1,), self.start, device=device)
+        device, start, begin = model.device, prompt.shape[1], now(model.device)
+        length = math.ceil((start + new_tokens) / 16) * 16  # Masks are aligned.
+        self.model, self.token = model, prompt[:, -1:].repeat(batch, 1)
+        self.position = torch.full((1,), start, device=device)
         self.mask = torch.zeros(1, 1, 1, length, dtype=model.dtype, device=device)
         self.cache = [LayerCache(length) for _ in model.get_decoder().layers]
+        self.inputs = prompt, torch.arange(start, device=device), None
         if first is None:
             compile_layers(model, compiled)
-            self.prefill()  # Uncompiled: it makes the cache.
-            self.prefill = self.record(self.prefill, compiled)
+            prefill = partial(self.advance, *self.inputs)
+            prefill()  # Uncompiled: it makes the cache.
+            self.prefill = record(prefill, self.rewind, device, compiled)
             self.prefill()
         for mine, known in zip(self.cache, first.cache if first else ()):
             mine.keys, mine.values = (
                 x.repeat(batch, 1, 1, 1) for x in (known.keys, known.values))
-        self.step = self.record(self.step, compiled)
+        self.step = record(self.step, self.rewind, device, compiled)
         self.seconds = now(device) - begin
 
     def advance(self, ids, position, mask) -> None:
@@ -1225,10 +1275,6 @@ class Decoder:
             past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         self.token.copy_(logits.argmax(-1))
 
-    def prefill(self) -> None:
-        """Put the prompt into the cache."""
-        self.advance(self.prompt, self.places, None)
-
     def step(self) -> None:
         """Decode one token of each sequence."""
         self.mask.index_fill_(3, self.position, 0)
@@ -1237,23 +1283,8 @@ class Decoder:
 
     def rewind(self) -> None:
         """Forget all tokens after the prompt."""
-        self.position.fill_(self.start)
-        self.mask[..., self.start :] = -math.inf
-
-    def record(self, act: Callable, compiled: bool) -> Callable:
-        """The act, twice warmed up; compiled on a GPU, the replay of a CUDA graph."""
-        for _ in range(2):
-            self.rewind()
-            act()
-        self.rewind()
-        if self.token.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        if not self.token.is_cuda or not compiled:
-            return act
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            act()
-        return graph.replay
+        self.position.fill_(self.inputs[0].shape[1])
+        self.mask[..., self.inputs[0].shape[1] :] = -math.inf
 
     def run(self, steps: int) -> tuple[float, float]:
         """Seconds of the prefill, if of one copy, and of the steps after it."""
@@ -1611,7 +1642,7 @@ def render_summary(results: dict, prompts: int) -> str:
         f"{config['new_tokens']} if never. ±: half a 95 % interval.",
         f"Speed after a prompt of {done['prompt_tokens']} tokens, median (min–max) of "
         f"{config['repeats']}; latency is that of {config['new_tokens']} tokens.",
-        "Cost, in memory and time; bandwidth: what decoding reaches of that of copying.")
+        "Cost in memory and time; bandwidth: what decoding reaches of that of copying.")
     tables = [f"{fill(caption)}\n\n{render_table(rows, columns)}"
               for caption, columns in zip(captions, list_tables(config))]
     ran = [f"{row['label']}: {row['runs_as']}" for row in rows if row["runs_as"]]

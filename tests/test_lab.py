@@ -516,7 +516,7 @@ def test_fallbacks_to_rounding_are_counted(lab, tmp_path):
         r"inversion failed for (\d+)/7", (build.output / "log.txt").read_text())[1])
 
 
-COMMITTED = [ROOT / "results" / "demo-cpu", ROOT / "results" / "h200-0.5b"]
+COMMITTED = [ROOT / "results" / "demo-cpu", ROOT / "results" / "h100-0.5b"]
 
 
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
