@@ -1184,6 +1184,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **_):
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     if query.shape[2] > 1:  # The whole prompt: causal, and no mask.
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     if triton and query.is_cuda and len(key) == 1 and key.shape[3] in (64, 128, 256):
