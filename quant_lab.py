@@ -708,7 +708,8 @@ if triton:
                 eights = tl.zeros([1, BLOCK], tl.float32)
                 for i in tl.static_range(8):
                     # Read as float32, an integer n below 2**24 is n * 2**-149: the four
-                    # bits need no shift, no conversion, only a mask.
+                    # bits need no shift, no conversion, only a mask. What their place
+                    # adds, 16**i, x takes off; 2**100 keeps the products normal.
                     bits = (w if i < 6 else high) & (15 << 4 * (i % 6))
                     value = tl.load(x + at // GROUP * (8 * GROUP) + at % GROUP
                                     + i * GROUP, mask=inside, other=0).to(tl.float32)
@@ -816,6 +817,16 @@ multiply_fp8.register_fake(lambda x, weight, small, dtype: (
     x.new_empty(len(x), len(weight), dtype=dtype)))
 
 
+def multiply_8_bits(linear, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [n, in] times an 8-bit weight by PyTorch's operators: [n, out] in float32."""
+    if linear.kind == "fp8":
+        y = multiply_fp8(x, linear.weight.view(x.dtype), linear.small, dtype)
+        return y.float() / linear.small**2
+    padding = 32 - len(x) if len(x) <= 16 else 0  # _int_mm wants more than 16 rows.
+    y = torch._int_mm(F.pad(x, (0, 0, 0, padding)), linear.weight.t())
+    return y[: len(x)].float()
+
+
 # %%
 class PackedLinear(torch.nn.Module):
     """A Linear on the tensors of its checkpoint.
@@ -827,8 +838,10 @@ class PackedLinear(torch.nn.Module):
 
     def __init__(self, kind: str, weight, scale, bias, sm: tuple[int, int]):
         super().__init__()
-        self.weight = torch.nn.Parameter(weight, requires_grad=False)
-        self.kind, self.scale, self.bias, self.sm = kind, scale, bias, sm
+        for name, x in dict(weight=weight, scale=scale, bias=bias).items():
+            self.register_parameter(
+                name, None if x is None else torch.nn.Parameter(x.data, False))
+        self.kind, self.sm = kind, sm
         self.native = sm == (0, 0) or sm >= (8, 9)  # Whether kernels know FP8.
         # Twice this factor keeps an FP8 product below float16's overflow, exactly.
         small = 2.0 ** -math.ceil(math.log(448 * 448 * weight.shape[1] / 65504, 4))
@@ -836,25 +849,30 @@ class PackedLinear(torch.nn.Module):
 
     def route(self, rows: int) -> str:
         """How so many rows are multiplied; the reason, if they are dequantized."""
-        needs = dict(int8=(7, 5), fp8=(8, 9)).get(self.kind, (99, 0))
-        fits = not any(n % 16 for n in self.weight.shape[rows == 1 :])
+        needs = dict(int8=(7, 5), fp8=(8, 9)).get(self.kind, (99, 0))  # INT4: none.
+        shape = self.weight.shape if rows > 1 else self.weight.shape[1:]
+        fits = not any(n % 16 for n in shape)
+        dtype = (self.weight if self.kind == "plain" else self.scale).dtype
+        short = SHORT[str(dtype)[6:]]
         if rows == 1 and triton and fits and self.sm > (0, 0):
-            wide = "int32" if self.kind == "int8" else "fp32"
-            return f"{self.kind}→{wide} in registers"
+            return "{}→{} in registers".format(
+                short if self.kind == "plain" else self.kind,
+                "int32" if self.kind == "int8" else "fp32")
         if self.kind == "plain":
-            return "plain"
+            return short
         if rows > 1 and self.sm >= needs and fits:
             return f"{self.kind} tensor cores"
         why = ("a CPU" if self.sm == (0, 0) else "no Triton" if not triton else
                "16 does not divide its width" if not fits else
                "PyTorch multiplies no int4" if self.kind == "int4" else
                "tensor cores need SM %d.%d" % needs)
-        return f"dequantized to {SHORT[str(self.scale.dtype)[6:]]} ({why})"
+        return f"dequantized to {short} ({why})"
 
     def forward(self, x: Tensor) -> Tensor:
         rows, shape = x.numel() // x.shape[-1], (*x.shape[:-1], len(self.weight))
         kind, weight, dtype, scale = self.kind, self.weight, x.dtype, None
-        if (way := self.route(rows)) == "plain":
+        way = self.route(rows)
+        if kind == "plain" and not way.endswith("registers"):
             return F.linear(x, weight, self.bias)
         if kind in ("int8", "fp8"):
             x, scale = quantize(kind, x, self.native)
@@ -867,19 +885,16 @@ class PackedLinear(torch.nn.Module):
             kind = "codes" if kind == "fp8" and not self.native else kind
             return multiply(
                 kind, x, weight, self.scale, scale, self.bias, dtype).view(shape)
-        if kind == "int8":  # _int_mm wants more than 16 rows.
-            x = F.pad(x, (0, 0, 0, 32 - rows)) if rows <= 16 else x
-            y = torch._int_mm(x, weight.t())[:rows].float()
-        else:
-            y = multiply_fp8(x, weight.view(x.dtype), self.small, dtype)
-            y = y.float() / self.small**2
-        y = y * (scale.float() * self.scale.float().t())
+        y = multiply_8_bits(self, x, dtype) * (scale.float() * self.scale.float().t())
         return (y if self.bias is None else y + self.bias.float()).to(dtype).view(shape)
 
 
 # %%
 class Share(torch.nn.Module):
-    """Outputs [begin, end) of a PackedLinear that several with one input share."""
+    """Outputs [begin, end) of a PackedLinear that several with one input share.
+
+    The first asked computes them all, the last forgets them; another input, anew.
+    """
 
     def __init__(self, shared: PackedLinear, begin: int, end: int):
         super().__init__()
@@ -920,19 +935,17 @@ def pack_model(model, sm: tuple[int, int]) -> None:
         if plain or getattr(module, "quantization_scheme", None):
             model.set_submodule(name, pack_linear(module, sm))
             module._parameters.clear()  # Or a reference cycle would keep them.
-    if sm == (0, 0):
-        return
     same = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-    for parent, names in product(list(model.modules()), same):
+    parents = [m for m in model.modules() if not isinstance(m, PackedLinear)]
+    for parent, names in product(parents, same if sm > (0, 0) else ()):
         parts = [getattr(parent, name, None) for name in names]
         if not all(isinstance(part, PackedLinear) for part in parts) or len(
                 {(p.kind, p.weight.shape[1], p.bias is None) for p in parts}) > 1:
             continue
-        weight, scale, bias = (
-            None if getattr(parts[0], name) is None else torch.nn.Parameter(
-                torch.cat([getattr(p, name).data for p in parts]), requires_grad=False)
-            for name in ("weight", "scale", "bias"))
-        shared, end = PackedLinear(parts[0].kind, weight, scale, bias, sm), 0
+        shared, end = PackedLinear(parts[0].kind, *(
+            None if getattr(parts[0], name) is None else
+            torch.cat([getattr(part, name) for part in parts])
+            for name in ("weight", "scale", "bias")), sm), 0
         for name, part in zip(names, parts):
             setattr(parent, name, Share(shared, end, end := end + len(part.weight)))
 
@@ -1176,7 +1189,7 @@ attend_parts.register_fake(lambda query, keys, values, mask, scaling: tuple(
 
 
 # %%
-def attend(module, query, key, value, attention_mask, scaling=None, **_):
+def attend(module, query, key, value, attention_mask, scaling=None, **named):
     """Attention in transformers' interface; query, key, value [batch, heads, n, size].
 
     A row's keys are divided among programs, as in flash decoding, or the heads that
@@ -1185,6 +1198,10 @@ def attend(module, query, key, value, attention_mask, scaling=None, **_):
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
+    if named.get("softcap") or named.get("s_aux") is not None or (
+            named.get("sliding_window") or math.inf) < key.shape[2]:
+        raise ValueError("speed of models with sliding windows, soft caps or attention "
+                         "sinks is not measured")
     if query.shape[2] > 1:  # The whole prompt: causal, and no mask.
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     if triton and query.is_cuda and len(key) == 1 and key.shape[3] in (64, 128, 256):
@@ -1223,28 +1240,32 @@ def compile_layers(model, compiled: bool) -> None:
 
 
 # %%
-def record(act: Callable, rewind: Callable, device, compiled: bool) -> Callable:
-    """The act, twice warmed up; compiled on a GPU, the replay of a CUDA graph."""
+def record(act: Callable, rewind: Callable, device, compiled: bool):
+    """The act, twice warmed up, and its peak memory in bytes (None on a CPU).
+
+    Compiled on a GPU, the act is the replay of a CUDA graph.
+    """
     for _ in range(2):
         rewind()
         act()
     rewind()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    if device.type == "cpu" or not compiled:
-        return act
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    if device.type == "cpu":
+        return act, None
+    torch.cuda.reset_peak_memory_stats()
+    with contextlib.ExitStack() as stack:
+        if compiled:
+            stack.enter_context(torch.cuda.graph(graph := torch.cuda.CUDAGraph()))
         act()
-    return graph.replay
+    rewind()
+    return graph.replay if compiled else act, torch.cuda.max_memory_allocated()
 
 
 # %%
 class Decoder:
     """Greedy decoding of `batch` copies of a prompt, ids [1, n].
 
-    first: a Decoder of one copy, whose cache is copied. seconds: what preparing took,
-    compiling included. token: ids [batch, 1], the newest.
+    first: a Decoder of one copy, whose cache is copied. seconds: of preparing, with
+    compiling. peaks: of memory, in bytes. token: ids [batch, 1], the newest.
     """
 
     def __init__(self, model, prompt, new_tokens, compiled, first=None, batch=1):
@@ -1254,17 +1275,18 @@ class Decoder:
         self.position = torch.full((1,), start, device=device)
         self.mask = torch.zeros(1, 1, 1, length, dtype=model.dtype, device=device)
         self.cache = [LayerCache(length) for _ in model.get_decoder().layers]
-        self.inputs = prompt, torch.arange(start, device=device), None
+        self.inputs, self.peaks = (prompt, torch.arange(start, device=device), None), []
         if first is None:
             compile_layers(model, compiled)
             prefill = partial(self.advance, *self.inputs)
             prefill()  # Uncompiled: it makes the cache.
-            self.prefill = record(prefill, self.rewind, device, compiled)
+            self.prefill, *self.peaks = record(prefill, self.rewind, device, compiled)
             self.prefill()
         for mine, known in zip(self.cache, first.cache if first else ()):
             mine.keys, mine.values = (
                 x.repeat(batch, 1, 1, 1) for x in (known.keys, known.values))
-        self.step = record(self.step, self.rewind, device, compiled)
+        self.step, peak = record(self.step, self.rewind, device, compiled)
+        self.peaks.append(peak)
         self.seconds = now(device) - begin
 
     def advance(self, ids, position, mask) -> None:
@@ -1315,6 +1337,7 @@ def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> di
     tied = looked_up.data_ptr() == model.get_output_embeddings().weight.data_ptr()
     for batch in options.batch_sizes:
         try:
+            decoder = None  # Lets go of the one before, unless it is the first.
             decoder = Decoder(model, prompt, steps + 1, compiled, first, batch)
             runs = [decoder.run(steps) for _ in range(1 + options.repeats)][1:]
         except torch.OutOfMemoryError:
@@ -1330,26 +1353,28 @@ def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> di
             itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
             bandwidth_fraction=read / statistics.median(itl) / bandwidth))
         if first is None:
-            first, peak = decoder, torch.cuda.max_memory_allocated() or None
+            first, cuda = decoder, decoder.token.is_cuda
             single = dict(
                 ttft_s=summarize([early for early, _ in runs]), decode=decode,
                 latency_s=summarize([sum(run) for run in runs]),
-                decode_tok_s=decode[0]["tok_s"], peak_memory_bytes=peak)
-    return dict(**single, weights_memory_bytes=weights, copy_bandwidth=bandwidth,
-                compile_seconds=seconds if compiled else None,
-                prompt_tokens=prompt.shape[1])
+                decode_tok_s=decode[0]["tok_s"],
+                peak_memory_bytes=max(decoder.peaks) if cuda else None)
+    return dict(
+        **single, weights_memory_bytes=held_bytes(model), copy_bandwidth=bandwidth,
+        compile_seconds=seconds if compiled else None, prompt_tokens=prompt.shape[1])
 
 
 def name_routes(label: str, model, prompt: int, options: Options) -> str:
     """How the Linears ran, phase by phase."""
-    if label == BASELINE or options.execution == "emulated":
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    if not packed:
         return ("" if label == BASELINE else "dequantized to ") + SHORT[options.dtype]
     rows = dict(prefill=prompt, decode=1) | {
         f"batch {batch}": batch for batch in options.batch_sizes if batch > 1}
     phases = {}  # How it ran: the phases of which that is true.
     for phase, count in rows.items():
-        ways = {m.route(count) for m in model.modules()
-                if isinstance(m, PackedLinear) and m.kind != "plain"}
+        ways = {m.route(count) for m in packed
+                if m.kind != "plain" or label == BASELINE}
         phases.setdefault(" and ".join(sorted(ways)), []).append(phase)
     return " · ".join(f"{', '.join(names)} {ways}" for ways, names in phases.items())
 
@@ -1361,29 +1386,31 @@ def wants_compiling(lab: Lab) -> bool:
             and lab.options.execution == "packed")
 
 
-def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace) -> dict:
-    """Quality, speed and memory of a checkpoint, loaded from disk."""
+def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace):
+    """Yield quality, then speed and memory of a checkpoint, loaded from disk."""
     folder, options = lab.output / "checkpoints" / label, lab.options
     start, compiled = now(lab.device), wants_compiling(lab)
     model = place_model(folder, lab)
     loaded, how = now(lab.device) - start, "compiled" if compiled else "not compiled"
     quality = measure_quality(model, lab, reference)
+    first = quality["divergence"]["completions"][0]
+    yield quality | dict(load_seconds=loaded, sample={
+        name: first[name] for name in ("prompt", "completion")})
     length = min(512, lab.context - options.new_tokens)
     prompt = lab.eval_ids.repeat(length // len(lab.eval_ids) + 1)[None, :length]
-    prompt = prompt.to(lab.device)
+    prompt, speed = prompt.to(lab.device), None
     try:
         speed = measure_speed(model, prompt, options, compiled)
     except Exception as error:
         if not compiled or isinstance(error, torch.OutOfMemoryError):
             raise
         traceback.print_exc()  # Goes to the log.
-        how, model = f"not compiled, it failed: {describe(error)}", None  # Never two.
+        how = f"not compiled, it failed: {describe(error)}"
+    if speed is None:  # Out of the error's reach, which holds the model: never two.
+        model = None
         model = place_model(folder, lab)
         speed = measure_speed(model, prompt, options, False)
-    first = quality["divergence"]["completions"][0]
-    return dict(**quality, **speed, load_seconds=loaded,
-                runs_as=f"{name_routes(label, model, length, options)} · {how}",
-                sample={name: first[name] for name in ("prompt", "completion")})
+    yield speed | dict(runs_as=f"{name_routes(label, model, length, options)} · {how}")
 
 # %% [markdown]
 """
@@ -1434,7 +1461,9 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference) -> dict:
             row |= read_checkpoint(folder, keys[0])
             say(f"{row['weight_bytes'] / 1e6:,.1f} MB, "
                 f"quantized in {row['quantize_seconds']:.1f} s")
-            row |= benchmark_variant(label, lab, reference) | dict(status="ok")
+            for part in benchmark_variant(label, lab, reference):
+                row |= part
+            row["status"] = "ok"
             say(f"perplexity {row['perplexity']:.3f}, KLD {row['kld']['mean']:.5f}, "
                 f"{row['decode_tok_s']['median']:.1f} tokens/s")
         except Exception as error:
@@ -1463,6 +1492,7 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
             and read_checkpoint(checkpoints / label, made)}
     wanted, reference = lab.options.variants, None
     if left := [VARIANTS[label] for label in wanted if label not in rows]:
+        measure_bandwidth(lab.device)  # While nothing else is in its memory.
         print("[reference] the model as it came", flush=True)
         start = time.perf_counter()
         with chatter_to(log):

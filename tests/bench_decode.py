@@ -11,6 +11,7 @@ packed execution shows first:
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -96,8 +97,12 @@ def sweep(shape: str, kind: str, device) -> None:
                 found.append((time_graph([lambda m=m: m(x) for m in copies]), tried))
         quant_lab.row_shape = chosen
         now = time_graph([lambda m=m: m(x) for m in copies])
-        print(f"{kind:6} {rows:6} x {width:6}  as chosen {now:6.1f} us;", ", ".join(
-            f"{tried} {us:.1f}" for us, tried in sorted(found)[:5]), flush=True)
+        dense = torch.nn.functional.linear
+        library = time_graph([lambda m=m: dense(x, m.weight) for m in copies]) if (
+            kind == "plain") else math.nan
+        print(f"{kind:6} {rows:6} x {width:6}  as chosen {now:6.1f} us, PyTorch's own "
+              f"{library:6.1f} us;", ", ".join(
+                  f"{tried} {us:.1f}" for us, tried in sorted(found)[:5]), flush=True)
 
 
 def main() -> None:

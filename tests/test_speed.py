@@ -1,8 +1,11 @@
 """Packed execution against compressed-tensors' own, and what the timings rest on."""
 
+import gc
+import weakref
+
 import pytest
 import torch
-from conftest import make_small
+from conftest import load_by_path, make_small
 
 import quant_lab
 
@@ -103,12 +106,22 @@ def test_routes(models, monkeypatch, label, sm, rows, said):
     assert said in quant_lab.name_routes(label, model, max(rows, 2), options)
 
 
-def test_without_triton_a_gpu_dequantizes_one_row(models):
+def test_without_triton_a_gpu_dequantizes_one_row(models, monkeypatch):
+    monkeypatch.setattr(quant_lab, "triton", None)
     model = load(models["01_fp8_dynamic", True], True, (9, 0))
-    routes = {module.route(1) for module in model.modules()
-              if isinstance(module, quant_lab.PackedLinear)}
-    if quant_lab.triton is None:
-        assert routes == {"plain", "dequantized to fp16 (no Triton)"}
+    assert {module.route(1) for module in model.modules()
+            if isinstance(module, quant_lab.PackedLinear)} == {
+        "fp16", "dequantized to fp16 (no Triton)"}
+
+
+def test_the_baseline_says_that_it_runs_through_the_kernel_too(models, monkeypatch):
+    monkeypatch.setattr(quant_lab, "triton", object())
+    model = load(models["00_fp16_baseline", True], True, (7, 5))
+    assert quant_lab.name_routes("00_fp16_baseline", model, 9, quant_lab.Options()) == (
+        "prefill, batch 8, batch 32 fp16 · decode fp16→fp32 in registers")
+    assert quant_lab.name_routes(
+        "00_fp16_baseline", load(models["00_fp16_baseline", True], True), 9,
+        quant_lab.Options()) == "fp16"
 
 
 def quantized_names(model):
@@ -249,6 +262,62 @@ def test_compiled_layers_say_what_eager_ones_do(models, label):
     assert [token[0] for token in found[1]] == [token[0] for token in found[0]]
 
 
+def architectures():
+    """Small random models of several families, by name."""
+    import transformers as hf
+
+    common = dict(vocab_size=512, hidden_size=128, intermediate_size=256,
+                  num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    return dict(
+        llama=lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**common)),
+        qwen2=lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**common)),
+        qwen3=lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**common, head_dim=48)),
+        phi3=lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**common)),
+        mixtral=lambda: hf.MixtralForCausalLM(hf.MixtralConfig(
+            **common, num_local_experts=4)),
+        mistral=lambda: hf.MistralForCausalLM(hf.MistralConfig(
+            **common, sliding_window=16)))
+
+
+def make_random(family):
+    torch.manual_seed(0)
+    return architectures()[family]().eval()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "mixtral"])
+@torch.no_grad()
+def test_decoding_is_that_of_generate(family):
+    """Token by token in float32, one sequence and a batch; also after a rewind."""
+    model, steps = make_random(family), 12
+    prompt = torch.randint(3, 512, (1, 40), generator=torch.Generator().manual_seed(1))
+    wanted = model.generate(
+        prompt, do_sample=False, max_new_tokens=steps + 1, min_new_tokens=steps + 1,
+        eos_token_id=None, pad_token_id=0)[0, 40:].tolist()
+    assert len(set(wanted)) > 3
+    alone = quant_lab.Decoder(model, prompt, steps + 1, False)
+    batch = quant_lab.Decoder(model, prompt, steps + 1, False, alone, 3)
+    for _ in range(2):
+        alone.rewind()
+        alone.prefill()
+        batch.rewind()
+        batch.token.copy_(alone.token.expand(3, 1))
+        said = [alone.token.item()]
+        for _ in range(steps):
+            alone.step()
+            batch.step()
+            said.append(alone.token.item())
+            assert batch.token.tolist() == 3 * [[said[-1]]]
+        assert said == wanted
+
+
+def test_a_sliding_window_is_refused_not_ignored():
+    prompt = torch.arange(3, 43)[None]
+    with pytest.raises(ValueError, match="sliding windows"):
+        quant_lab.measure_speed(
+            make_random("mistral"), prompt, quant_lab.Options(new_tokens=4), False)
+
+
 @pytest.fixture
 def lab(small, texts, tmp_path):
     """A lab of the small model, on the CPU, that times three batch sizes."""
@@ -295,14 +364,20 @@ def test_no_room_for_one_sequence_fails_the_row(lab, monkeypatch):
     monkeypatch.setattr(quant_lab, "Decoder", refuse)
     row, = run(lab, "00_fp16_baseline")["variants"]
     assert row["status"] == "failed" and "out of memory" in row["error"]
+    assert row["perplexity"] > 1 and row["decode"] is None, "quality is kept"
 
 
 def test_compiling_that_fails_is_measured_eagerly_and_said(lab, monkeypatch):
     real = quant_lab.compile_layers
 
+    failed = []
+
     def fail(model, compiled):
         if compiled:
+            failed.append(weakref.ref(model))
             raise RuntimeError("no such compiler")
+        gc.collect()
+        assert failed[0]() is None, "never two models at once"
         real(model, compiled)
 
     monkeypatch.setattr(quant_lab, "wants_compiling", lambda lab: True)
@@ -326,17 +401,18 @@ def test_emulated_is_the_ecosystems_path(lab):
 KINDS = ["plain", "int8", "fp8", "codes", "int4"]
 
 
-def make_linear(kind, rows, width, device="cuda"):
+def make_linear(kind, rows, width, dtype, device="cuda"):
     """A random PackedLinear of a format; codes: FP8 for a GPU without FP8 units."""
     torch.manual_seed(0)
-    scale = torch.rand(rows, width // 128 if kind == "int4" else 1).half() / 100
+    scale = torch.rand(rows, width // 128 if kind == "int4" else 1).to(dtype) / 100
     weight = {
-        "plain": lambda: torch.randn(rows, width).half() / 50,
+        "plain": lambda: torch.randn(rows, width).to(dtype) / 50,
         "int8": lambda: torch.randint(-128, 128, (rows, width), dtype=torch.int8),
         "int4": lambda: torch.randint(-2**31, 2**31, (rows, width // 8), dtype=torch.int32),
     }.get(kind, lambda: torch.randn(rows, width).mul(99).clamp(-448, 448).to(
         torch.float8_e4m3fn).view(torch.int8))()
-    bias, sm = torch.randn(rows).half().to(device), torch.cuda.get_device_capability()
+    bias = torch.randn(rows).to(dtype).to(device) if rows % 2 == 0 else None
+    sm = torch.cuda.get_device_capability()
     return quant_lab.PackedLinear(
         kind.replace("codes", "fp8"), weight.to(device),
         None if kind == "plain" else scale.to(device), bias,
@@ -345,22 +421,25 @@ def make_linear(kind, rows, width, device="cuda"):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rows, width", [(16, 128), (80, 4864), (9728, 896), (144, 18944)])
+@pytest.mark.parametrize("rows, width", [
+    (16, 128), (83, 4864), (9728, 896), (9731, 896), (144, 18944)])
 @pytest.mark.parametrize("count", [1, 8, 40, 512])
-def test_kernels_multiply_right(kind, rows, width, count):
-    """Of all formats and numbers of rows, against float64."""
-    linear = make_linear(kind, rows, width)
-    x = torch.randn(1, count, width, device="cuda").half()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_multiply_right(kind, rows, width, count, dtype):
+    """Of all formats and numbers of rows, with and without bias, against float64."""
+    linear = make_linear(kind, rows, width, dtype)
+    x = torch.randn(1, count, width, device="cuda").to(dtype)
     inputs, weight = x.double(), linear.weight.double()
     if linear.kind in ("int8", "fp8"):
         values, scale = quant_lab.quantize(linear.kind, x, linear.native)
         inputs = values.double() * scale.double()
     if kind != "plain":
         weight = quant_lab.dequantize(linear.kind, linear.weight, linear.scale.double())
-    wanted = inputs @ weight.t() + linear.bias.double()
+    wanted = inputs @ weight.t() + (0 if linear.bias is None else linear.bias.double())
     found = linear(x)
-    assert found.dtype == torch.float16 and found.shape == (1, count, rows)
-    assert ((found.double() - wanted).norm() / wanted.norm()).item() < 1e-3
+    assert found.dtype == dtype and found.shape == (1, count, rows)
+    error = ((found.double() - wanted).norm() / wanted.norm()).item()
+    assert error < (1e-3 if dtype == torch.float16 else 8e-3)
 
 
 @pytest.mark.gpu
@@ -382,15 +461,28 @@ def test_attention_of_one_row(heads, shared, size, length):
 @pytest.mark.parametrize("label", ["00_fp16_baseline", *FORMATS])
 @torch.no_grad()
 def test_graphs_on_a_gpu_say_what_eager_decoding_does(models, label):
-    """First tokens alike: later ones may part, once a rounding tips one."""
+    """The first token alike; later ones may part, once a rounding tips one."""
     found = []
     for compiled in (False, True):
         model = quant_lab.load_model(models[label, True], quant_lab.Options()).to("cuda")
         quant_lab.pack_model(model, torch.cuda.get_device_capability())
         decoder = quant_lab.Decoder(
             model, torch.arange(5, 45, device="cuda")[None], 9, compiled)
-        decoder.run(3)
+        decoder.run(0)
         found.append(decoder.token.item())
+        decoder.run(3)
         assert quant_lab.held_bytes(model) == pytest.approx(
             quant_lab.weight_bytes(models[label, True]), rel=0.02)
     assert found[0] == found[1]
+
+
+def test_the_bench_of_random_models_runs(monkeypatch, capsys):
+    bench = load_by_path("bench_decode")
+    monkeypatch.setattr("sys.argv", [
+        "bench_decode.py", "--shape", "tiny", "--device", "cpu", "--prompt", "16",
+        "--new-tokens", "3", "--repeats", "1", "--batch-sizes", "1", "2"])
+    bench.main()
+    lines = capsys.readouterr().out.split("\n")[1:]
+    assert [line.split()[0] for line in lines if line] == list(bench.KINDS)
+    megabytes = [int(line.split()[1].replace(",", "")) for line in lines if line]
+    assert megabytes[0] > megabytes[1] == megabytes[2] > megabytes[3] > 0
