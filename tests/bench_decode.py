@@ -1,8 +1,8 @@
 """Time decoding of random models, format by format and kernel by kernel, on a GPU.
 
 No checkpoint is needed and none is made: the weights are random, in the formats of the
-recipes. This is how the shapes in `row_shape` were chosen and where a change of the
-packed execution shows first:
+recipes. A change of the packed execution shows here first; --sweep tries other tile
+sizes than those of `row_shape`:
 
     python tests/bench_decode.py --shape 0.5b
     python tests/bench_decode.py --shape 7b --kinds plain int4 --profile 20
