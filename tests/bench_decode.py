@@ -14,6 +14,7 @@ import itertools
 import math
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,17 +90,23 @@ def sweep(shape: str, kind: str, device) -> None:
         first = random_linear(kind, rows, width, None, device, sm)
         copies = [first, *(random_linear(kind, rows, width, None, device, sm)
                            for _ in range(min(40, int(1.2e8 // first.weight.nbytes))))]
-        x, found = torch.randn(1, 1, width, device=device).half(), []
+        x, scale, found = torch.randn(1, width, device=device).half(), None, []
+        row = x
+        if kind in ("fp8", "int8"):
+            row, scale = quant_lab.quantize(kind, x, first.native)
+        name = "codes" if kind == "fp8" and not first.native else kind
+        acts = [partial(quant_lab.multiply, name, row, m.weight, m.scale, scale, None,
+                        torch.float16) for m in copies]
         for tried in itertools.product(
                 (1, 2, 4, 8), (128, 256, 512, 1024, 2048), (1, 2, 4, 8)):
             if 4 <= tried[0] * tried[1] / (32 * tried[2]) <= 64:
                 quant_lab.row_shape = lambda *_: tried
-                found.append((time_graph([lambda m=m: m(x) for m in copies]), tried))
+                found.append((time_graph(acts), tried))
         quant_lab.row_shape = chosen
-        now = time_graph([lambda m=m: m(x) for m in copies])
+        now = time_graph(acts)
         dense = torch.nn.functional.linear
-        library = time_graph([lambda m=m: dense(x, m.weight) for m in copies]) if (
-            kind == "plain") else math.nan
+        library = math.nan if kind != "plain" else time_graph(
+            [partial(dense, x, m.weight) for m in copies])
         print(f"{kind:6} {rows:6} x {width:6}  as chosen {now:6.1f} us, PyTorch's own "
               f"{library:6.1f} us;", ", ".join(
                   f"{tried} {us:.1f}" for us, tried in sorted(found)[:5]), flush=True)
