@@ -660,10 +660,7 @@ def quantize(kind: str, x, native: bool) -> tuple[Tensor, Tensor]:
 
     native: whether kernels know FP8; without, its values come in x's dtype.
     """
-    top = x.abs()
-    if x.shape[-1] > 4096 and x.shape[-1] % 32 == 0:  # A long row, in parallel.
-        top = top.unflatten(-1, (32, -1)).amax(-1)
-    scale = top.amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
+    scale = x.abs().amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     if kind == "int8":
         return (x / scale).clamp(-128, 127).round().to(torch.int8), scale
@@ -1166,34 +1163,48 @@ if triton:
         tl.store(totals + place, tl.sum(weight))
         tl.store(y + place * SIZE + column, tl.sum(weight[:, None] * value, 0))
 
-
-@torch.library.custom_op("quant_lab::attend_parts", mutates_args=())
-def attend_parts(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor,
-                 scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of one row to each 64 keys, before it is divided by its total.
-
-    query [1, heads, 1, size], keys and values [1, heads, n, size]; returns [heads,
-    parts, size] and, [heads, parts, 1] both, the highest score and the total.
-    """
-    (_, heads, _, size), length = query.shape, keys.shape[2]
-    y, tops, totals = (query.new_empty(heads, triton.cdiv(length, 64), n,
-                                       dtype=torch.float32) for n in (size, 1, 1))
-    attend_kernel[y.shape[:2]](query, keys, values, mask, y, tops, totals, scaling,
-                               length, heads // keys.shape[1], size, 64)
-    return y, tops, totals
-
-
-attend_parts.register_fake(lambda query, keys, values, mask, scaling: tuple(
-    query.new_empty(query.shape[1], -(-keys.shape[2] // 64), n, dtype=torch.float32)
-    for n in (query.shape[3], 1, 1)))
+    @triton.jit
+    def combine_kernel(y, tops, totals, result, parts, SIZE: tl.constexpr,
+                       PARTS: tl.constexpr):
+        head, part, column = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, SIZE)
+        place, inside = head * parts + part, part < parts
+        top = tl.load(tops + place, mask=inside, other=-float("inf"))
+        fade = tl.exp(top - tl.max(top))
+        total = tl.sum(fade * tl.load(totals + place, mask=inside, other=0))
+        value = tl.load(y + place[:, None] * SIZE + column[None, :],
+                        mask=inside[:, None], other=0)
+        tl.store(result + head * SIZE + column,
+                 tl.sum(fade[:, None] * value, 0) / total)
 
 
 # %%
+@torch.library.custom_op("quant_lab::attend_row", mutates_args=())
+def attend_row(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor,
+               scaling: float) -> Tensor:
+    """Attention of one row, 64 keys to a program, as in flash decoding.
+
+    query [1, heads, 1, size], keys and values [1, heads, n, size], mask [1, 1, 1, n],
+    added; returns [1, 1, heads, size]. Source: https://arxiv.org/abs/2311.01282
+    """
+    (_, heads, _, size), length = query.shape, keys.shape[2]
+    parts = triton.cdiv(length, 64)
+    y, tops, totals = (query.new_empty(heads, parts, n, dtype=torch.float32)
+                       for n in (size, 1, 1))
+    attend_kernel[(heads, parts)](query, keys, values, mask, y, tops, totals, scaling,
+                                  length, heads // keys.shape[1], size, 64)
+    result = query.new_empty(1, 1, heads, size)
+    combine_kernel[(heads,)](y, tops, totals, result, parts, size,
+                             triton.next_power_of_2(parts))
+    return result
+
+
+attend_row.register_fake(lambda query, *_: query.new_empty(1, 1, *query.shape[1::2]))
+
+
 def attend(module, query, key, value, attention_mask, scaling=None, **named):
     """Attention in transformers' interface; query, key, value [batch, heads, n, size].
 
-    A row's keys are divided among programs, as in flash decoding, or the heads that
-    share a key stand in as its rows. Source: https://arxiv.org/abs/2311.01282
+    Of several sequences, the heads that share a key stand in as rows: no key is copied.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -1205,10 +1216,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **named):
     if query.shape[2] > 1:  # The whole prompt: causal, and no mask.
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     if triton and query.is_cuda and len(key) == 1 and key.shape[3] in (64, 128, 256):
-        y, tops, totals = attend_parts(query, key, value, attention_mask, scaling)
-        fade = (tops - tops.amax(1, keepdim=True)).exp()
-        y = (y * fade).sum(1) / (totals * fade).sum(1)
-        return y.to(query.dtype)[None, None], None
+        return attend_row(query, key, value, attention_mask, scaling), None
     rows = query.reshape(len(key), key.shape[1], -1, query.shape[3])
     y = F.scaled_dot_product_attention(
         rows, key, value, attn_mask=attention_mask, scale=scaling)
@@ -1225,10 +1233,8 @@ def compile_layers(model, compiled: bool) -> None:
     row = many = eager = type(layers[0]).forward
     if compiled:
         torch._dynamo.reset()
-        # Sums of few numbers, as those over parts, go into the kernel that wants them.
         row, many = (torch.compile(eager, fullgraph=True, options={
-            "unroll_reductions_threshold": 33, "coordinate_descent_tuning": tuned})
-            for tuned in (True, False))
+            "coordinate_descent_tuning": tuned}) for tuned in (True, False))
 
     def run(layer, number, hidden, *inputs, past_key_values, **named):
         mine, alone = past_key_values[number], hidden.shape[:2] == (1, 1)
@@ -1386,16 +1392,13 @@ def wants_compiling(lab: Lab) -> bool:
             and lab.options.execution == "packed")
 
 
-def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace):
-    """Yield quality, then speed and memory of a checkpoint, loaded from disk."""
+def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace) -> dict:
+    """Quality, speed and memory of a checkpoint, loaded from disk."""
     folder, options = lab.output / "checkpoints" / label, lab.options
     start, compiled = now(lab.device), wants_compiling(lab)
     model = place_model(folder, lab)
     loaded, how = now(lab.device) - start, "compiled" if compiled else "not compiled"
     quality = measure_quality(model, lab, reference)
-    first = quality["divergence"]["completions"][0]
-    yield quality | dict(load_seconds=loaded, sample={
-        name: first[name] for name in ("prompt", "completion")})
     length = min(512, lab.context - options.new_tokens)
     prompt = lab.eval_ids.repeat(length // len(lab.eval_ids) + 1)[None, :length]
     prompt, speed = prompt.to(lab.device), None
@@ -1410,7 +1413,10 @@ def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace):
         model = None
         model = place_model(folder, lab)
         speed = measure_speed(model, prompt, options, False)
-    yield speed | dict(runs_as=f"{name_routes(label, model, length, options)} · {how}")
+    first = quality["divergence"]["completions"][0]
+    return dict(**quality, **speed, load_seconds=loaded,
+                runs_as=f"{name_routes(label, model, length, options)} · {how}",
+                sample={name: first[name] for name in ("prompt", "completion")})
 
 # %% [markdown]
 """
@@ -1461,9 +1467,7 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference) -> dict:
             row |= read_checkpoint(folder, keys[0])
             say(f"{row['weight_bytes'] / 1e6:,.1f} MB, "
                 f"quantized in {row['quantize_seconds']:.1f} s")
-            for part in benchmark_variant(label, lab, reference):
-                row |= part
-            row["status"] = "ok"
+            row |= benchmark_variant(label, lab, reference) | dict(status="ok")
             say(f"perplexity {row['perplexity']:.3f}, KLD {row['kld']['mean']:.5f}, "
                 f"{row['decode_tok_s']['median']:.1f} tokens/s")
         except Exception as error:

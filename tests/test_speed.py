@@ -190,21 +190,6 @@ def test_regrouped_words_hold_the_same_weights(models):
     assert torch.equal(found, (plain.view(10, 3, 128) * scale[..., None]).flatten(1))
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_long_rows_are_rounded_as_short_ones(kind):
-    """A row beyond 4,096 has its greatest value found piece by piece."""
-    x = torch.randn(3, 5, 8192).half()
-    x[0, 0, 4000] = 300
-    x[1] = 0
-    rounded, scale = quant_lab.quantize(kind, x, True)
-    top = x.abs().amax(-1, keepdim=True)
-    eps = torch.finfo(torch.float16).eps
-    assert torch.equal(scale, torch.where(top == 0, eps, top / (448 if kind == "fp8" else 127.5)))
-    halves = [quant_lab.quantize(kind, part, True)[0] for part in (x[:1], x[1:])]
-    assert torch.equal(rounded.float(), torch.cat(halves).float())
-    assert (rounded.float() * scale.float() - x.float()).abs().max() < 300 / 16
-
-
 def test_e4m3_without_fp8_instructions():
     codes = torch.arange(-128, 128, dtype=torch.int8)
     values = codes.view(torch.float8_e4m3fn).float()
@@ -364,7 +349,6 @@ def test_no_room_for_one_sequence_fails_the_row(lab, monkeypatch):
     monkeypatch.setattr(quant_lab, "Decoder", refuse)
     row, = run(lab, "00_fp16_baseline")["variants"]
     assert row["status"] == "failed" and "out of memory" in row["error"]
-    assert row["perplexity"] > 1 and row["decode"] is None, "quality is kept"
 
 
 def test_compiling_that_fails_is_measured_eagerly_and_said(lab, monkeypatch):
