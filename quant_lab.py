@@ -1223,6 +1223,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **named):
     return y.reshape(len(y), 1, query.shape[1], -1), None
 
 
+# %%
 def compile_layers(model, compiled: bool) -> None:
     """Make all decoder layers one function, compiled for one row and for many."""
     from transformers import AttentionInterface
@@ -1245,7 +1246,6 @@ def compile_layers(model, compiled: bool) -> None:
         layer.forward = partial(run, layer, number)
 
 
-# %%
 def record(act: Callable, rewind: Callable, device, compiled: bool):
     """The act, twice warmed up, and its peak memory in bytes (None on a CPU).
 
