@@ -762,15 +762,16 @@ if triton:
 
 def row_shape(kind: str, rows: int, width: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program of row_kernel: the fastest on an H100."""
+    many, few = rows > 8192, rows < 2048
     if kind == "plain":
         return (2, 1024, 4) if width <= 2048 else (2, 2048, 8)
     if kind == "int4":
-        return (4, 128, 1) if width <= 128 or rows > 8192 else (4, 512, 4)
-    if kind == "int8" and width <= 256:
-        return (8, 128, 1) if rows > 8192 else (2, 256, 1)
+        return (4, 128, 1) if many else (2, 128, 1) if width <= 128 else (
+            (2, 512, 4) if few else (4, 512, 4))
     if kind == "int8":
-        return (2, 512, 2)
-    return (1, 2048, 4) if width > 2048 > rows else (2, 1024, 2)
+        return ((8, 128, 1) if many else (2, 256, 1)) if width <= 256 else (
+            (1, 1024, 4) if few else (2, 512, 2))
+    return (1, 2048, 4) if few and width > 2048 else (2, 1024, 2)
 
 
 # %%
