@@ -815,14 +815,15 @@ multiply_fp8.register_fake(lambda x, weight, small, dtype: (
     x.new_empty(len(x), len(weight), dtype=dtype)))
 
 
-def multiply_8_bits(linear, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [n, in] times an 8-bit weight by PyTorch's operators: [n, out] in float32."""
+def multiply_8_bits(linear, x: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [n, in] times an 8-bit weight by PyTorch's operators, scaled: [n, out]."""
+    scale = x_scale.float() * linear.scale.float().t()
     if linear.kind == "fp8":
         y = multiply_fp8(x, linear.weight.view(x.dtype), linear.small, dtype)
-        return y.float() / linear.small**2
+        return y.float() / linear.small**2 * scale
     padding = 32 - len(x) if len(x) <= 16 else 0  # _int_mm wants more than 16 rows.
     y = torch._int_mm(F.pad(x, (0, 0, 0, padding)), linear.weight.t())
-    return y[: len(x)].float()
+    return y[: len(x)].float() * scale
 
 
 # %%
@@ -867,24 +868,23 @@ class PackedLinear(torch.nn.Module):
         return f"dequantized to {short} ({why})"
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, shape = x.numel() // x.shape[-1], (*x.shape[:-1], len(self.weight))
-        kind, weight, dtype, scale = self.kind, self.weight, x.dtype, None
-        way = self.route(rows)
-        if kind == "plain" and not way.endswith("registers"):
-            return F.linear(x, weight, self.bias)
+        shape, dtype, kind, scale = x.shape, x.dtype, self.kind, None
+        x = x.reshape(-1, shape[-1])
+        way = self.route(len(x))
         if kind in ("int8", "fp8"):
             x, scale = quantize(kind, x, self.native)
-        if way.startswith("dequantized"):
+        if kind == "plain" and not way.endswith("registers"):
+            y = F.linear(x, self.weight, self.bias)
+        elif way.startswith("dequantized"):
             x = x if scale is None else x.to(dtype) * scale
-            return F.linear(x, dequantize(kind, weight, self.scale), self.bias)
-        x = x.reshape(rows, -1)
-        scale = scale if scale is None else scale.reshape(rows, 1)
-        if rows == 1 or kind == "int8" and triton and self.sm >= (8, 0):
+            y = F.linear(x, dequantize(kind, self.weight, self.scale), self.bias)
+        elif len(x) == 1 or kind == "int8" and triton and self.sm >= (8, 0):
             kind = "codes" if kind == "fp8" and not self.native else kind
-            return multiply(
-                kind, x, weight, self.scale, scale, self.bias, dtype).view(shape)
-        y = multiply_8_bits(self, x, dtype) * (scale.float() * self.scale.float().t())
-        return (y if self.bias is None else y + self.bias.float()).to(dtype).view(shape)
+            y = multiply(kind, x, self.weight, self.scale, scale, self.bias, dtype)
+        else:
+            y = multiply_8_bits(self, x, scale, dtype)
+            y = (y if self.bias is None else y + self.bias.float()).to(dtype)
+        return y.view(*shape[:-1], -1)
 
 
 # %%
@@ -1259,9 +1259,8 @@ def record(act: Callable, rewind: Callable, device, compiled: bool):
     if device.type == "cpu":
         return act, None
     torch.cuda.reset_peak_memory_stats()
-    with contextlib.ExitStack() as stack:
-        if compiled:
-            stack.enter_context(torch.cuda.graph(graph := torch.cuda.CUDAGraph()))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph) if compiled else contextlib.nullcontext():
         act()
     rewind()
     return graph.replay if compiled else act, torch.cuda.max_memory_allocated()
@@ -1360,12 +1359,12 @@ def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> di
             itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
             bandwidth_fraction=read / statistics.median(itl) / bandwidth))
         if first is None:
-            first, cuda = decoder, decoder.token.is_cuda
+            first = decoder
             single = dict(
                 ttft_s=summarize([early for early, _ in runs]), decode=decode,
                 latency_s=summarize([sum(run) for run in runs]),
                 decode_tok_s=decode[0]["tok_s"],
-                peak_memory_bytes=max(decoder.peaks) if cuda else None)
+                peak_memory_bytes=max(filter(None, decoder.peaks), default=None))
     return dict(
         **single, weights_memory_bytes=held_bytes(model), copy_bandwidth=bandwidth,
         compile_seconds=seconds if compiled else None, prompt_tokens=prompt.shape[1])
@@ -1441,12 +1440,13 @@ ROW = dict.fromkeys((
 
 def make_keys(label: str, lab: Lab, model: dict) -> tuple[str, str]:
     """The fingerprints of what shapes a variant's checkpoint, and of its row."""
-    o = lab.options
+    o, machine = lab.options, lab.machine
     chats = VARIANTS[label].calibrated and (
         o.calibration_data, o.calibration_samples, o.calibration_length,
         hash_files([Path(o.calibration_data).expanduser()]))
     made = fingerprint(model, label, repr(build_recipe(label, o)), o.dtype, o.seed,
-                       lab.versions, lab.machine["name"], chats)
+                       lab.versions, chats, machine["device"], machine["name"],
+                       machine["compute_capability"])
     return made, fingerprint(
         made, lab.eval_ids.tolist(), PROMPTS, BLOCKS, LOGITS_FILE_BYTES, o.window,
         o.max_windows, o.kld_tokens, o.new_tokens, o.repeats, o.execution, o.no_compile,
@@ -1484,7 +1484,8 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
     """Run what is not finished; returns the content of results.json."""
     log, checkpoints = lab.output / "log.txt", lab.output / "checkpoints"
     if lab.options.fresh:
-        for label in VARIANTS:  # Their rows count for nothing then.
+        (lab.output / "results.json").unlink(missing_ok=True)
+        for label in VARIANTS:
             shutil.rmtree(checkpoints / label, ignore_errors=True)
     with chatter_to(log):
         model = hash_files(lab.model.iterdir())
@@ -1560,7 +1561,7 @@ def plain(text: str) -> str:
 def show(value: float | str | dict, digits: int, unit: float = 1) -> str:
     """A figure; a timing's median (min–max), an estimate ± half its interval."""
     if isinstance(value, str):
-        return value
+        return plain(value)
     if not isinstance(value, dict):
         return f"{unit * value:,.{digits if abs(unit * value) < 1000 else 0}f}"
     mean, low, high, *_ = value.values()
@@ -1619,34 +1620,38 @@ def render_warnings(results: dict) -> list[str]:
     return said
 
 
-def apart(one: dict, other: dict) -> bool:
-    """Whether two intervals are both known and share no value."""
-    ends = one["low"], one["high"], other["low"], other["high"]
-    return None not in ends and (ends[1] < ends[2] or ends[3] < ends[0])
-
-
+# %%
 def render_verdict(rows: list[dict]) -> list[str]:
     """What the figures say, each sentence guarded by its interval."""
-    rows, said = {row["label"]: row for row in rows if row["status"] == "ok"}, []
-    for label, row in rows.items():
-        size, ratio = row["size_ratio"], row["perplexity_ratio"]
+    rows = {row["label"]: row for row in rows if row["status"] == "ok"}
+    quantized = {k: row["perplexity_ratio"] for k, row in rows.items() if k != BASELINE}
+    if not quantized:
+        return ["No quantized variant was measured: nothing to compare."]
+    if None in (ratio["low"] for ratio in quantized.values()):
+        said = ["Too few windows for an interval: no difference can be claimed."]
+    elif alike := [k for k, r in quantized.items() if r["low"] <= 1 <= r["high"]]:
+        names = " and ".join(f"{k} (at most {quantized[k]['high']:.4f})" for k in alike)
+        told = all(rows[k]["kld"]["low"] for k in alike)  # Neither 0 nor unknown.
+        said = [f"In perplexity ratio, {names} cannot be told from the baseline"
+                + ("; KLD tells the difference." if told else ".")]
+    else:
+        said = ["In perplexity, every quantized variant differs from the baseline."]
+    for label, ratio in quantized.items():
+        size, same = rows[label]["size_ratio"], rows[label]["top1_agreement"]
         saves = f"saves {100 - 100 * size:.1f} % of the bytes, " if size else ""
-        claim = (f"{label} {saves}keeps the most probable token in "
-                 f"{show(row['top1_agreement'], 1)} % of places and multiplies "
-                 f"perplexity by {show(ratio, 4)}")
-        if not apart(ratio, dict(low=1, high=1)):
-            claim += ", by which it cannot be told from the baseline"
-            if apart(row["kld"], dict(low=0, high=0)):
-                claim += "; KLD tells the difference"
-        if label != BASELINE:
-            said.append(claim + ".")
+        said.append(f"{label} {saves}multiplies perplexity by {show(ratio, 4)} and "
+                    f"keeps the most probable token in {show(same, 1)} % of places.")
     if {"02_gptq_w4a16", CONTROL} <= rows.keys():  # By KLD: perplexity's errors cancel.
         gptq, control = (rows[label]["kld"] for label in ("02_gptq_w4a16", CONTROL))
-        found = "cannot be told from" if not apart(gptq, control) else (
+        apart = None not in (gptq["low"], control["low"]) and (
+            gptq["high"] < control["low"] or control["high"] < gptq["low"])
+        found = "cannot be told from" if not apart else (
             "beat" if gptq["mean"] < control["mean"] else "did worse than")
         said.append(f"GPTQ {found} round-to-nearest in the same format: KLD "
                     f"{show(gptq, 5)} against {show(control, 5)}.")
-    return said or ["No quantized variant was measured: nothing to compare."]
+    elif "02_gptq_w4a16" in rows:
+        said.append(f"What GPTQ buys over plain rounding, {CONTROL} would show.")
+    return said
 
 
 # %%
@@ -1672,13 +1677,17 @@ def render_summary(results: dict, prompts: int) -> str:
         tokens_scored=0, kld=dict(tokens=0), prompt_tokens=0))
     captions = (
         f"Quality on {config['eval_text']}: {done['tokens_scored']:,} tokens scored in "
-        f"windows of {config['window']:,}, KLD (nats) and top-1 at "
-        f"{done['kld']['tokens']:,} of them. ratio, KLD, top-1, tokens: against the "
-        "unquantized model, the last until greedy completions differ, "
-        f"{config['new_tokens']} if never. ±: half a 95 % interval.",
-        f"Speed after a prompt of {done['prompt_tokens']} tokens, median (min–max) of "
-        f"{config['repeats']}; latency is that of {config['new_tokens']} tokens.",
-        "Cost in memory and time; bandwidth: what decoding reaches of that of copying.")
+        f"windows of {config['window']:,}, the first of each unscored; KLD and top-1 "
+        f"at {done['kld']['tokens']:,} of them. ±: half a 95 % interval. size, ratio: "
+        "bytes and perplexity over the baseline's. Against the unquantized model: KLD: "
+        "KL divergence, nats. top-1: same most probable token. tokens: number until "
+        f"greedy completions of {len(PROMPTS)} prompts differ, {config['new_tokens']} "
+        "if never. MB: 10^6 bytes of safetensors.",
+        f"Speed, median (min–max) of {config['repeats']}: TTFT: first token after a "
+        f"prompt of {done['prompt_tokens']} tokens. latency: {config['new_tokens']} "
+        "tokens. tokens/s: after the first, one sequence or a batch.",
+        "Cost: weights in memory after running, peak memory in a prefill or a step, "
+        "and of the bandwidth of copying, measured beside, what decoding reaches.")
     tables = [f"{fill(caption)}\n\n{render_table(rows, columns)}"
               for caption, columns in zip(captions, list_tables(config))]
     ran = [f"{row['label']}: {row['runs_as']}" for row in rows if row["runs_as"]]

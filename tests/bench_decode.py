@@ -27,9 +27,10 @@ from make_checkpoint import SHAPES  # noqa: E402
 KINDS = "plain", "fp8", "int8", "int4"
 
 
-def random_linear(kind: str, rows: int, width: int, bias, device, sm):
+def random_linear(kind: str, rows: int, width: int, bias, device, sm,
+                  dtype=torch.float16):
     """A PackedLinear of a format with random weights, groups of 128 in INT4."""
-    make = dict(dtype=torch.float16, device=device)
+    make = dict(dtype=dtype, device=device)
     scale = torch.rand(rows, width // 128 if kind == "int4" else 1, **make) / 5000 + 1e-5
     if kind == "plain":
         return quant_lab.PackedLinear(

@@ -124,11 +124,6 @@ def test_the_baseline_says_that_it_runs_through_the_kernel_too(models, monkeypat
         quant_lab.Options()) == "fp16"
 
 
-def quantized_names(model):
-    return [name for name, module in model.named_modules()
-            if getattr(module, "quantization_scheme", None)]
-
-
 @torch.no_grad()
 def test_integer_product_equals_the_simulated_one(models):
     """INT8 through _int_mm, also for the few rows that have to be padded.
@@ -144,7 +139,8 @@ def test_integer_product_equals_the_simulated_one(models):
         errors = (logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)
         assert errors.median() < 1e-5 and errors.max() < 0.05
     emulated, packed = (load(folder, on, (7, 5)) for on in (False, True))
-    names = quantized_names(emulated)
+    names = [name for name, module in emulated.named_modules()
+             if getattr(module, "quantization_scheme", None)]
     emulated(ids)
     assert len(names) == 14
     for name in names:
@@ -388,19 +384,10 @@ KINDS = ["plain", "int8", "fp8", "codes", "int4"]
 def make_linear(kind, rows, width, dtype, device="cuda"):
     """A random PackedLinear of a format; codes: FP8 for a GPU without FP8 units."""
     torch.manual_seed(0)
-    scale = torch.rand(rows, width // 128 if kind == "int4" else 1).to(dtype) / 100
-    weight = {
-        "plain": lambda: torch.randn(rows, width).to(dtype) / 50,
-        "int8": lambda: torch.randint(-128, 128, (rows, width), dtype=torch.int8),
-        "int4": lambda: torch.randint(-2**31, 2**31, (rows, width // 8), dtype=torch.int32),
-    }.get(kind, lambda: torch.randn(rows, width).mul(99).clamp(-448, 448).to(
-        torch.float8_e4m3fn).view(torch.int8))()
     bias = torch.randn(rows).to(dtype).to(device) if rows % 2 == 0 else None
-    sm = torch.cuda.get_device_capability()
-    return quant_lab.PackedLinear(
-        kind.replace("codes", "fp8"), weight.to(device),
-        None if kind == "plain" else scale.to(device), bias,
-        (8, 0) if kind == "codes" else sm)
+    sm = (8, 0) if kind == "codes" else torch.cuda.get_device_capability()
+    return load_by_path("bench_decode").random_linear(
+        kind.replace("codes", "fp8"), rows, width, bias, device, sm, dtype)
 
 
 @pytest.mark.gpu
