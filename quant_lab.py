@@ -29,6 +29,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -44,9 +45,11 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import partial
 from itertools import islice, product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -548,12 +551,17 @@ def chatter_to(log: Path):
 
 
 # %%
+def free_memory() -> None:
+    """Let go of the model before, which is in reference cycles."""
+    gc.collect()
+    with contextlib.suppress(RuntimeError):  # Said in the row, if the GPU is lost.
+        torch.cuda.empty_cache()
+
+
 def load_model(folder: Path, options: Options):
     """A causal LM in eval mode on the CPU; ValueError if weights are missing."""
     from transformers import AutoModelForCausalLM
-    gc.collect()  # The model before is in reference cycles.
-    with contextlib.suppress(RuntimeError):  # Said in the row, if the GPU is lost.
-        torch.cuda.empty_cache()
+    free_memory()
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, options.dtype), attn_implementation="sdpa",
         output_loading_info=True, trust_remote_code=False)
@@ -767,10 +775,10 @@ def row_shape(kind: str, rows: int, width: int) -> tuple[int, int, int]:
         return (2, 1024, 4) if width <= 2048 else (2, 2048, 8)
     if kind == "int4":
         return (4, 128, 1) if many else (2, 128, 1) if width <= 128 else (
-            (2, 512, 4) if few else (4, 512, 4))
+            (2, 1024, 8) if few else (4, 512, 4))
     if kind == "int8":
-        return ((8, 128, 1) if many else (2, 256, 1)) if width <= 256 else (
-            (1, 1024, 4) if few else (2, 512, 2))
+        return ((16, 128, 8) if many else (2, 256, 1)) if width <= 256 else (
+            (2, 2048, 8) if few else (2, 512, 2))
     return (1, 2048, 4) if few and width > 2048 else (2, 1024, 2)
 
 
@@ -1022,12 +1030,14 @@ def place_model(folder: Path, lab: Lab):
 def measure_reference(lab: Lab) -> SimpleNamespace | Exception:
     """Losses, compared logits (a file), completions; or why they cannot be had."""
     try:
+        bandwidth = measure_bandwidth(lab.device)  # While its memory is empty.
         model, file = place_model(lab.model, lab), tempfile.TemporaryFile()
         losses = score_text(
             model, lab.eval_ids, lab.options, lambda number, logits: file.write(
                 logits.cpu().view(torch.uint8).numpy().data))
         return SimpleNamespace(
-            losses=losses, logits=file, completions=complete_prompts(model, lab))
+            losses=losses, logits=file, bandwidth=bandwidth,
+            completions=complete_prompts(model, lab))
     except Exception as error:
         traceback.print_exc()  # Goes to the log.
         return RuntimeError(f"the unquantized model: {describe(error)}")
@@ -1116,7 +1126,6 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-@cache
 def measure_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, that copying a large tensor reaches."""
     source = torch.ones(10**9 if device.type == "cuda" else 10**8, device=device,
@@ -1335,11 +1344,11 @@ def held_bytes(model) -> int:
 
 
 @torch.no_grad()
-def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> dict:
+def measure_speed(model, prompt: Tensor, options: Options, compiled: bool,
+                  bandwidth: float) -> dict:
     """Speed and memory of continuing a prompt [1, n]; a batch may be "OOM"."""
     steps, first, decode, seconds = options.new_tokens - 1, None, [], 0
     weights, looked_up = held_bytes(model), model.get_input_embeddings().weight
-    bandwidth = measure_bandwidth(model.device)
     tied = looked_up.data_ptr() == model.get_output_embeddings().weight.data_ptr()
     for batch in options.batch_sizes:
         try:
@@ -1392,30 +1401,55 @@ def wants_compiling(lab: Lab) -> bool:
             and lab.options.execution == "packed")
 
 
+def time_variant(label: str, prompt: list[int], bandwidth: float, lab: Lab,
+                 compiled: bool) -> dict:
+    """Speed and memory of a checkpoint; what "failed", if it was to be compiled."""
+    with chatter_to(lab.output / "log.txt"):
+        try:
+            model = place_model(lab.output / "checkpoints" / label, lab)
+            speed = measure_speed(model, torch.tensor([prompt], device=lab.device),
+                                  lab.options, compiled, bandwidth)
+        except Exception as error:
+            if not compiled:
+                raise
+            traceback.print_exc()
+            return dict(failed=describe(error))
+    ways = name_routes(label, model, len(prompt), lab.options)
+    return speed | dict(runs_as=f"{ways} · {'' if compiled else 'not '}compiled")
+
+
+def run_apart(function: Callable[[], dict]) -> dict:
+    """What the function returns, in a process of its own; in a notebook, in this one.
+
+    On an H100 the first model that a process compiles decodes some 14 % faster than
+    each later one, be it the same again: every variant is the first of a process.
+    """
+    if "__file__" not in globals():
+        return function()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function).result()
+        except BrokenProcessPool:
+            return dict(failed="its process was killed, maybe for want of memory")
+
+
 def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace) -> dict:
     """Quality, speed and memory of a checkpoint, loaded from disk."""
-    folder, options = lab.output / "checkpoints" / label, lab.options
     start, compiled = now(lab.device), wants_compiling(lab)
-    model = place_model(folder, lab)
-    loaded, how = now(lab.device) - start, "compiled" if compiled else "not compiled"
-    quality = measure_quality(model, lab, reference)
-    length = min(512, lab.context - options.new_tokens)
-    prompt = lab.eval_ids.repeat(length // len(lab.eval_ids) + 1)[None, :length]
-    prompt, speed = prompt.to(lab.device), None
-    try:
-        speed = measure_speed(model, prompt, options, compiled)
-    except Exception as error:
-        if not compiled or isinstance(error, torch.OutOfMemoryError):
-            raise
-        traceback.print_exc()  # Goes to the log.
-        how = f"not compiled, it failed: {describe(error)}"
-    if speed is None:  # Out of the error's reach, which holds the model: never two.
-        model = None
-        model = place_model(folder, lab)
-        speed = measure_speed(model, prompt, options, False)
+    model = place_model(lab.output / "checkpoints" / label, lab)
+    loaded = now(lab.device) - start
+    quality, model = measure_quality(model, lab, reference), None
+    free_memory()
+    length = min(512, lab.context - lab.options.new_tokens)
+    prompt = lab.eval_ids.repeat(length // len(lab.eval_ids) + 1)[:length].tolist()
+    measure = partial(time_variant, label, prompt, reference.bandwidth,
+                      replace(lab, eval_ids=None, samples=[]))
+    speed = run_apart(partial(measure, True)) if compiled else measure(False)
+    if failed := speed.get("failed"):
+        speed = measure(False)
+        speed["runs_as"] += f", it failed: {failed}"
     first = quality["divergence"]["completions"][0]
     return dict(**quality, **speed, load_seconds=loaded,
-                runs_as=f"{name_routes(label, model, length, options)} · {how}",
                 sample={name: first[name] for name in ("prompt", "completion")})
 
 # %% [markdown]
@@ -1498,7 +1532,6 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
             and read_checkpoint(checkpoints / label, made)}
     wanted, reference = lab.options.variants, None
     if left := [VARIANTS[label] for label in wanted if label not in rows]:
-        measure_bandwidth(lab.device)  # While nothing else is in its memory.
         print("[reference] the model as it came", flush=True)
         start = time.perf_counter()
         with chatter_to(log):

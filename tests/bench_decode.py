@@ -1,19 +1,20 @@
 """Time decoding of random models, format by format and kernel by kernel, on a GPU.
 
 No checkpoint is needed and none is made: the weights are random, in the formats of the
-recipes. A change of the packed execution shows here first; --sweep tries other tile
-sizes than those of `row_shape`:
+recipes. A change of the packed execution shows here first; --tune tries other tile
+sizes than those of `row_shape`, one after the other in the model's own step (alone, in
+a loop, a kernel is fed by other caches and another choice is the fastest):
 
     python tests/bench_decode.py --shape 0.5b
     python tests/bench_decode.py --shape 7b --kinds plain int4 --profile 20
-    python tests/bench_decode.py --shape 7b --sweep
+    python tests/bench_decode.py --shape 7b --kinds fp8 --tune 60
 """
 
 import argparse
 import itertools
 import math
-import statistics
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -59,58 +60,86 @@ def random_model(shape: str, kind: str, device):
     return model
 
 
-def time_graph(acts: list, repeats=9) -> float:
-    """Median microseconds of one of the acts, replayed as a CUDA graph."""
-    acts[0]()
-    torch.cuda.synchronize()
-    graph, samples = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        for act in acts:
-            act()
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        samples.append(1000 * start.elapsed_time(end) / len(acts))
-    return statistics.median(samples[1:])
+@torch.no_grad()
+def tune(model, prompt, seconds: float) -> None:
+    """Print, for each product of a step, the fastest shapes of row_kernel.
 
-
-def sweep(shape: str, kind: str, device) -> None:
-    """Print, for each product of a decoder layer, the fastest shapes of row_kernel.
-
-    Copies of the weight take turns, of 120 MB in all, more than a cache holds.
+    Each is tried with the best known of the others, the nearest to the present first.
     """
-    s = SHAPES[shape]
-    hidden, inner = s["hidden_size"], s["intermediate_size"]
-    kv = hidden // s["num_attention_heads"] * s["num_key_value_heads"]
-    sm, chosen = torch.cuda.get_device_capability(), quant_lab.row_shape
-    for rows, width in ((hidden + 2 * kv, hidden), (hidden, hidden), (2 * inner, hidden),
-                        (hidden, inner)):
-        first = random_linear(kind, rows, width, None, device, sm)
-        copies = [first, *(random_linear(kind, rows, width, None, device, sm)
-                           for _ in range(min(40, int(1.2e8 // first.weight.nbytes))))]
-        x, scale, found = torch.randn(1, width, device=device).half(), None, []
-        row = x
-        if kind in ("fp8", "int8"):
-            row, scale = quant_lab.quantize(kind, x, first.native)
-        name = "codes" if kind == "fp8" and not first.native else kind
-        acts = [partial(quant_lab.multiply, name, row, m.weight, m.scale, scale, None,
-                        torch.float16) for m in copies]
-        for tried in itertools.product(
-                (1, 2, 4, 8), (128, 256, 512, 1024, 2048), (1, 2, 4, 8)):
-            if 4 <= tried[0] * tried[1] / (32 * tried[2]) <= 64:
-                quant_lab.row_shape = lambda *_: tried
-                found.append((time_graph(acts), tried))
-        quant_lab.row_shape = chosen
-        now = time_graph(acts)
-        dense = torch.nn.functional.linear
-        library = math.nan if kind != "plain" else time_graph(
-            [partial(dense, x, m.weight) for m in copies])
-        print(f"{kind:6} {rows:6} x {width:6}  as chosen {now:6.1f} us, PyTorch's own "
-              f"{library:6.1f} us;", ", ".join(
-                  f"{tried} {us:.1f}" for us, tried in sorted(found)[:5]), flush=True)
+    decoder = quant_lab.Decoder(model, prompt, 64, True)
+    step, rule = partial(quant_lab.Decoder.step, decoder), quant_lab.row_shape
+    best, current = {}, None
+
+    def choose(kind, rows, width):
+        product = kind, rows, width
+        best.setdefault(product, rule(*product))
+        return current[1] if current and current[0] == product else best[product]
+
+    def milliseconds() -> float:
+        replay, _ = quant_lab.record(step, decoder.rewind, prompt.device, True)
+        samples = []
+        for _ in range(3):
+            decoder.rewind()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(60):
+                replay()
+            end.record()
+            torch.cuda.synchronize()
+            samples.append(start.elapsed_time(end) / 60)
+        return min(samples)
+
+    quant_lab.row_shape = choose
+    print(f"as chosen {milliseconds():.4f} ms a step")
+    for product in list(best):
+        before, begin = best[product], time.perf_counter()
+        tried = sorted(
+            itertools.product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (1, 2, 4, 8)),
+            key=lambda other: sum(abs(math.log2(a / b)) for a, b in zip(other, before)))
+        found = []
+        for shape in tried:
+            if time.perf_counter() - begin > seconds / len(best):
+                break
+            if 1 <= shape[0] * shape[1] / (32 * shape[2]) <= 64:
+                current = product, shape
+                found.append((milliseconds(), shape))
+        best[product], current = min(found)[1], None
+        print(f"{product}: {before} was chosen; of {len(found)} tried", ", ".join(
+            f"{shape} {ms:.4f}" for ms, shape in sorted(found)[:6]), flush=True)
+    print(f"with the best of each {milliseconds():.4f} ms")
+    quant_lab.row_shape = rule
+
+
+def bench(kind: str, args: argparse.Namespace, bandwidth: float) -> dict:
+    """Print the figures of a random model in a format; nothing to return."""
+    device = torch.device(args.device)
+    cuda = device.type == "cuda"
+    options = quant_lab.Options(new_tokens=args.new_tokens, repeats=args.repeats,
+                                batch_sizes=tuple(args.batch_sizes))
+    model = random_model(args.shape, kind, device)
+    prompt = torch.arange(args.prompt, device=device)[None] % 1000 + 1000
+    if args.tune:
+        tune(model, prompt, args.tune)
+        return {}
+    speed = quant_lab.measure_speed(model, prompt, options, cuda, bandwidth)
+    print(f"{kind:6} {speed['weights_memory_bytes'] / 1e6:8,.0f} MB  "
+          f"TTFT {1000 * speed['ttft_s']['median']:7.2f} ms", *(
+              f" batch {d['batch']}: {d['itl_ms']['median']:.3f} ms, "
+              f"{100 * d['bandwidth_fraction']:.0f} % of copying"
+              if d["itl_ms"] else f" batch {d['batch']}: OOM"
+              for d in speed["decode"]), flush=True)
+    if args.profile:
+        with torch.no_grad():
+            decoder = quant_lab.Decoder(model, prompt, args.new_tokens, cuda)
+            decoder.run(1)
+            for act in (decoder.prefill, decoder.step):
+                with torch.profiler.profile() as profile:
+                    act()
+                    quant_lab.now(device)
+                print(profile.key_averages().table(
+                    sort_by=f"self_{device.type}_time_total", max_name_column_width=70,
+                    row_limit=args.profile))
+    return {}
 
 
 def main() -> None:
@@ -124,40 +153,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", type=int, default=0,
                         help="print so many kernels of a prefill and of a step")
-    parser.add_argument("--sweep", action="store_true", help="try shapes of row_kernel")
+    parser.add_argument("--tune", type=float, default=0,
+                        help="try shapes of row_kernel for so many seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    options = quant_lab.Options(new_tokens=args.new_tokens, repeats=args.repeats,
-                                batch_sizes=tuple(args.batch_sizes))
+    bandwidth = quant_lab.measure_bandwidth(device)
     print(quant_lab.describe_machine(device)["name"], "torch", torch.__version__,
-          f"copy {quant_lab.measure_bandwidth(device) / 1e12:.3f} TB/s")
+          f"copy {bandwidth / 1e12:.3f} TB/s", flush=True)
+    torch.cuda.empty_cache()
     for kind in args.kinds:
-        if args.sweep:
-            sweep(args.shape, kind, device)
-            continue
-        model = random_model(args.shape, kind, device)
-        prompt = torch.arange(args.prompt, device=device)[None] % 1000 + 1000
-        speed = quant_lab.measure_speed(model, prompt, options, cuda)
-        print(f"{kind:6} {speed['weights_memory_bytes'] / 1e6:8,.0f} MB  "
-              f"TTFT {1000 * speed['ttft_s']['median']:7.2f} ms", *(
-                  f" batch {d['batch']}: {d['itl_ms']['median']:.3f} ms, "
-                  f"{100 * d['bandwidth_fraction']:.0f} % of copying"
-                  if d["itl_ms"] else f" batch {d['batch']}: OOM"
-                  for d in speed["decode"]), flush=True)
-        if args.profile:
-            with torch.no_grad():
-                decoder = quant_lab.Decoder(model, prompt, args.new_tokens, cuda)
-                decoder.run(1)
-                for act in (decoder.prefill, decoder.step):
-                    with torch.profiler.profile() as profile:
-                        act()
-                        quant_lab.now(device)
-                    print(profile.key_averages().table(
-                        sort_by=f"self_{device.type}_time_total", max_name_column_width=70,
-                        row_limit=args.profile))
-        del model
+        job = partial(bench, kind, args, bandwidth)
+        failed = (quant_lab.run_apart(job) if device.type == "cuda" else job()).get("failed")
+        if failed:
+            print(kind, failed)
 
 
 if __name__ == "__main__":

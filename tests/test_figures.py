@@ -323,7 +323,8 @@ def test_length_is_forced_past_the_end_of_sequence(small, compiled):
         return output
 
     model.register_forward_hook(count)
-    speed = quant_lab.measure_speed(model, torch.arange(20)[None], options, compiled)
+    speed = quant_lab.measure_speed(
+        model, torch.arange(20)[None], options, compiled, bandwidth=1e9)
     alone, both = 1 + 2 + 1 + 2 + 4 * 7, 2 + 4 * 6  # Set-up, then prefill and steps.
     assert calls == [(1, 1)] * alone + [(2, 1)] * both
     for key in ("ttft_s", "latency_s", "decode_tok_s"):

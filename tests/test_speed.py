@@ -1,7 +1,9 @@
 """Packed execution against compressed-tensors' own, and what the timings rest on."""
 
 import gc
+import os
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -296,7 +298,7 @@ def test_a_sliding_window_is_refused_not_ignored():
     prompt = torch.arange(3, 43)[None]
     with pytest.raises(ValueError, match="sliding windows"):
         quant_lab.measure_speed(
-            make_random("mistral"), prompt, quant_lab.Options(new_tokens=4), False)
+            make_random("mistral"), prompt, quant_lab.Options(new_tokens=4), False, 1e9)
 
 
 @pytest.fixture
@@ -361,11 +363,30 @@ def test_compiling_that_fails_is_measured_eagerly_and_said(lab, monkeypatch):
         real(model, compiled)
 
     monkeypatch.setattr(quant_lab, "wants_compiling", lambda lab: True)
+    monkeypatch.setattr(quant_lab, "run_apart", lambda measure: measure())
     monkeypatch.setattr(quant_lab, "compile_layers", fail)
     row, = run(lab, "01_fp8_dynamic")["variants"]
     assert row["status"] == "ok" and row["compile_seconds"] is None
     assert "not compiled, it failed: RuntimeError: no such compiler" in row["runs_as"]
     assert "registers" not in row["runs_as"] and row["decode"][0]["tok_s"]["median"] > 0
+
+
+def test_a_compiled_variant_is_measured_in_a_process_of_its_own(lab, monkeypatch):
+    monkeypatch.setattr(quant_lab, "wants_compiling", lambda lab: True)
+    row, = run(quant_lab.replace(lab, options=quant_lab.replace(
+        lab.options, batch_sizes=(1,))), "01_fp8_dynamic")["variants"]
+    assert row["status"] == "ok" and row["runs_as"].endswith(") · compiled")
+    assert row["compile_seconds"] > 0 and row["decode"][0]["tok_s"]["median"] > 0
+    assert "compile_layers" not in (lab.output / "log.txt").read_text(), "no traceback"
+
+
+def where() -> dict:
+    return dict(process=os.getpid())
+
+
+def test_apart_is_another_process_and_its_death_is_told():
+    assert quant_lab.run_apart(where)["process"] != os.getpid()
+    assert "killed" in quant_lab.run_apart(partial(os._exit, 9))["failed"]
 
 
 def test_emulated_is_the_ecosystems_path(lab):
