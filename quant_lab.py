@@ -749,6 +749,29 @@ if triton:
 # %%
 if triton:
     @triton.jit
+    def round_kernel(x, y, scale, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
+        top = tl.zeros([16 * BLOCK], tl.float32)
+        for begin in range(0, width, 16 * BLOCK):  # Each program finds the scale.
+            at = begin + tl.arange(0, 16 * BLOCK)
+            value = tl.load(x + at, mask=at < width, other=0).to(tl.float32)
+            top = tl.maximum(top, tl.abs(value))
+        limit = 127.5 if KIND == "int8" else 448.0
+        unit = (tl.max(top) / limit).to(scale.dtype.element_ty)
+        tl.store(scale, unit)
+        unit = tl.where(unit == 0, 1.0, unit.to(tl.float32))
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < width, other=0).to(tl.float32) / unit
+        value, step = value.to(x.dtype.element_ty).to(tl.float32), 1.5 * 2**23
+        if KIND == "int8":
+            value = tl.clamp(value, -128.0, 127.0)
+        else:  # As in `round_e4m3`.
+            value = tl.clamp(value, -448.0, 448.0)
+            power = value.to(tl.int32, bitcast=True) & 0x7F800000
+            step = 1.5 * 2**20 * tl.maximum(power.to(tl.float32, bitcast=True), 2**-6)
+        value = (value + step) - step  # Such a sum has no room for a fraction.
+        tl.store(y + at, value.to(y.dtype.element_ty), mask=at < width)
+
+    @triton.jit
     def int8_kernel(x, weight, scale, x_scale, bias, y, n, rows, width, M: tl.constexpr,
                     N: tl.constexpr, BLOCK: tl.constexpr):
         a = tl.program_id(0) * M + tl.arange(0, M)[:, None]
@@ -806,6 +829,16 @@ def multiply(kind: str, x: Tensor, weight: Tensor, scale: Tensor | None,
     return y
 
 
+@torch.library.custom_op("quant_lab::round_row", mutates_args=())
+def round_row(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A wide row [1, in] as `quantize` rounds it (FP8 in x's dtype), in one kernel."""
+    y = x.new_empty(x.shape, dtype=torch.int8 if kind == "int8" else x.dtype)
+    scale = x.new_empty(1, 1)
+    round_kernel[(triton.cdiv(x.shape[1], 256),)](
+        x, y, scale, x.shape[1], kind, 256, num_warps=8)
+    return y, scale
+
+
 @torch.library.custom_op("quant_lab::multiply_fp8", mutates_args=())
 def multiply_fp8(x: Tensor, weight: Tensor, small: Tensor,
                  dtype: torch.dtype) -> Tensor:
@@ -819,6 +852,8 @@ def multiply_fp8(x: Tensor, weight: Tensor, small: Tensor,
 
 multiply.register_fake(lambda kind, x, weight, scale, x_scale, bias, dtype: (
     x.new_empty(len(x), len(weight), dtype=dtype)))
+round_row.register_fake(lambda kind, x: (x.new_empty(
+    x.shape, dtype=torch.int8 if kind == "int8" else x.dtype), x.new_empty(1, 1)))
 multiply_fp8.register_fake(lambda x, weight, small, dtype: (
     x.new_empty(len(x), len(weight), dtype=dtype)))
 
@@ -850,9 +885,8 @@ class PackedLinear(torch.nn.Module):
                 name, None if x is None else torch.nn.Parameter(x.data, False))
         self.kind, self.sm = kind, sm
         self.native = sm == (0, 0) or sm >= (8, 9)  # Whether kernels know FP8.
-        # Twice this factor keeps an FP8 product below float16's overflow, exactly.
-        small = 2.0 ** -math.ceil(math.log(448 * 448 * weight.shape[1] / 65504, 4))
-        self.register_buffer("small", torch.tensor(small, device=weight.device), False)
+        # Twice this factor keeps the product of FP8 rows within float16.
+        self.register_buffer("small", torch.tensor(2.0**-10, device=weight.device), False)
 
     def route(self, rows: int) -> str:
         """How so many rows are multiplied; the reason, if they are dequantized."""
@@ -862,9 +896,8 @@ class PackedLinear(torch.nn.Module):
         dtype = (self.weight if self.kind == "plain" else self.scale).dtype
         short = SHORT[str(dtype)[6:]]
         if rows == 1 and triton and fits and self.sm > (0, 0):
-            return "{}→{} in registers".format(
-                short if self.kind == "plain" else self.kind,
-                "int32" if self.kind == "int8" else "fp32")
+            kind = short if self.kind == "plain" else self.kind
+            return f"{kind}→{'int32' if kind == 'int8' else 'fp32'} in registers"
         if self.kind == "plain":
             return short
         if rows > 1 and self.sm >= needs and fits:
@@ -879,14 +912,17 @@ class PackedLinear(torch.nn.Module):
         shape, dtype, kind, scale = x.shape, x.dtype, self.kind, None
         x = x.reshape(-1, shape[-1])
         way = self.route(len(x))
-        if kind in ("int8", "fp8"):
-            x, scale = quantize(kind, x, self.native)
-        if kind == "plain" and not way.endswith("registers"):
+        alone = way.endswith("registers")
+        if alone and kind in ("int8", "fp8") and shape[-1] > 4096:
+            x, scale = round_row(kind, x)
+        elif kind in ("int8", "fp8"):
+            x, scale = quantize(kind, x, self.native and not alone)
+        if kind == "plain" and not alone:
             y = F.linear(x, self.weight, self.bias)
         elif way.startswith("dequantized"):
             x = x if scale is None else x.to(dtype) * scale
             y = F.linear(x, dequantize(kind, self.weight, self.scale), self.bias)
-        elif len(x) == 1 or kind == "int8" and triton and self.sm >= (8, 0):
+        elif alone or kind == "int8" and triton and self.sm >= (8, 0):
             kind = "codes" if kind == "fp8" and not self.native else kind
             y = multiply(kind, x, self.weight, self.scale, scale, self.bias, dtype)
         else:

@@ -435,6 +435,19 @@ def test_kernels_multiply_right(kind, rows, width, count, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("width", [4864, 5008, 18944])
+def test_a_wide_row_is_rounded_in_one_kernel(kind, width):
+    x = 3 * torch.randn(1, width, device="cuda").half()
+    for x in (x, 0 * x):
+        wanted, scale = quant_lab.quantize(kind, x, False)
+        found, unit = quant_lab.round_row(kind, x)
+        assert torch.equal(unit[x.any()], scale[x.any()]) and found.dtype == wanted.dtype
+        apart = (found.float() != wanted.float()).float().mean().item()
+        assert apart < 1e-3, "the quotient's last bit may tip a rounding"
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("heads, shared, size, length", [(14, 2, 64, 576), (4, 4, 128, 80)])
 def test_attention_of_one_row(heads, shared, size, length):
     query = torch.randn(1, heads, 1, size, device="cuda").half()
