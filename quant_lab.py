@@ -839,6 +839,7 @@ def round_row(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return y, scale
 
 
+# %%
 @torch.library.custom_op("quant_lab::multiply_fp8", mutates_args=())
 def multiply_fp8(x: Tensor, weight: Tensor, small: Tensor,
                  dtype: torch.dtype) -> Tensor:
