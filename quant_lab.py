@@ -5,6 +5,15 @@
 #   colab: {gpuType: T4}
 # ---
 
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "llmcompressor>=0.14.0.1,<0.15", "compressed-tensors>=0.19,<0.20",
+#     "transformers>=5.15,<5.18", "accelerate>=1.15", "datasets>=4.8.4",
+#     "torch>=2.10,<2.14", "matplotlib>=3.8", "pytest>=8", "jupytext>=1.16",
+# ]
+# ///
+
 # %% [markdown]
 """
 # quant_lab: which quantization should I deploy?
@@ -13,7 +22,7 @@ A causal language model in float16 and three compressed-tensors checkpoints of i
 by llmcompressor go through the same functions. Measured are bytes on disk and in
 memory, quality (perplexity, KL divergence from the unquantized model, agreement with
 it) and time. Tables and a verdict come out on the terminal; `results.json`,
-`summary.md` and the checkpoints in the output folder.
+`summary.md`, a picture and checkpoints with model cards in the output folder.
 
     python quant_lab.py                        the four variants, on a GPU
     python quant_lab.py --demo                 the same code, any machine, two minutes
@@ -49,7 +58,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from functools import partial
+from functools import cache, partial
 from itertools import islice, product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +67,7 @@ import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
 try:
     import triton
@@ -259,6 +269,27 @@ def choose_device(options: Options) -> tuple[torch.device, str]:
     return torch.device("cuda", 0), "the first CUDA GPU"
 
 
+def now(device: torch.device) -> float:
+    """Seconds of the clock, once the device has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@cache
+def measure_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, that copying a large tensor reaches."""
+    source = torch.ones(10**9 if device.type == "cuda" else 10**8, device=device,
+                        dtype=torch.int8)
+    target, seconds = source.clone(), []
+    for _ in range(10):
+        start = now(device)
+        target.copy_(source)
+        seconds.append(now(device) - start)
+    return 2 * len(source) / statistics.median(seconds)
+
+
+# %%
 def describe_machine(device: torch.device) -> dict:
     """Device, name, compute capability, memory in bytes, driver (None on a CPU)."""
     if device.type == "cuda":
@@ -282,6 +313,40 @@ def list_versions() -> dict[str, str | None]:
             **{p.replace("-", "_"): importlib.metadata.version(p) for p in packages}}
 
 
+def plain(text: str) -> str:
+    """One line without control characters, for the terminal and for Markdown."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+# %%
+def describe_run(options: Options, machine: dict, versions: dict, words: list) -> dict:
+    """The head of results.json."""
+    return dict(schema=1, command=["python", "quant_lab.py", *words],
+                config=asdict(options), machine=machine, versions=versions)
+
+
+def render_card(results: dict) -> str:
+    """What is run on what: lines of at most 116 columns."""
+    config, machine, versions = (results[k] for k in ("config", "machine", "versions"))
+    changed = []
+    for name, value in config.items():
+        words = list(value) if isinstance(value, (list, tuple)) else [value]
+        if name not in ("model", "variants", "output_dir") and (
+                tuple(words) if len(words) > 1 else value) != getattr(Options, name):
+            changed += ["--" + name.replace("_", "-"), *words]
+    gpu = machine["compute_capability"]
+    facts = dict(
+        model=f"{config['model']} in {config['dtype']}, {config['execution']}",
+        variants=", ".join(config["variants"]),
+        options=shlex.join(str(w) for w in changed if w is not True) or "defaults",
+        machine=f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB"
+        + (f", SM {gpu}, driver {machine['driver']}" if gpu else ""),
+        versions=", ".join(f"{name} {v}" for name, v in versions.items() if v))
+    return "\n".join(textwrap.fill(
+        plain(fact), 116, initial_indent=f"{name:13}", subsequent_indent=" " * 13,
+        break_on_hyphens=False) for name, fact in facts.items())
+
+
 def prepare_output(options: Options, machine: dict) -> Path:
     """Make the output folder; one that cannot be written exits with 2."""
     device = "cpu" if machine["device"] == "cpu" else machine["name"]
@@ -291,7 +356,7 @@ def prepare_output(options: Options, machine: dict) -> Path:
         output = Path(output).expanduser()
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
         (output / "log.txt").touch()
-    print(f"output       {output}; what the libraries say goes to log.txt there\n")
+    print(f"output       {output}; what the libraries say goes to log.txt there")
     return output
 
 # %% [markdown]
@@ -456,6 +521,11 @@ def load_evaluation(options: Options, tokenizer, context: int) -> Tensor:
     return ids
 
 
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors of a checkpoint."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 # %%
 @dataclass(frozen=True)
 class Lab:
@@ -473,6 +543,24 @@ class Lab:
     context: int = 2**31
 
 
+def expect_minutes(lab: Lab) -> int:
+    """A rule of thumb for the whole lab, fitted to a CPU and an H100."""
+    o, cuda = lab.options, lab.device.type == "cuda"
+    size, layers = weight_bytes(lab.model), read_json(lab.model / "config.json").get(
+        "num_hidden_layers", 32)
+    copying = measure_bandwidth(lab.device)
+    pass_seconds = size / copying / (60 if cuda else 3)  # Of one token among many.
+    windows = min(len(lab.eval_ids) // o.window, o.max_windows or len(lab.eval_ids))
+    score = windows * o.window * pass_seconds
+    said = len(PROMPTS) * o.new_tokens * (layers / 1000 + size / copying)
+    calibrate = 3 * sum(map(len, lab.samples)) * pass_seconds + layers * (
+        0.4 if cuda else 3)
+    seconds = score + said + sum(
+        score + said + (60 if cuda else 5 + said) + v.calibrated * calibrate
+        for v in map(VARIANTS.get, o.variants))
+    return math.ceil(seconds / 60)
+
+
 if __name__ == "__main__":
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # A completion may be in any script.
@@ -480,15 +568,8 @@ if __name__ == "__main__":
     OPTIONS = parse_options(WORDS)
     DEVICE, reason = choose_device(OPTIONS)
     MACHINE, VERSIONS = describe_machine(DEVICE), list_versions()
-    print("options (* is not the default)")
-    for name, value in asdict(OPTIONS).items():
-        mark = " " if value == getattr(Options, name) else "*"
-        print(f"{mark} {name:20}", *(value if isinstance(value, tuple) else [value]))
-    print(f"\ndevice       {DEVICE}, {reason}: {MACHINE['name']}, "
-          f"{MACHINE['memory_bytes'] / 2**30:.1f} GiB")
-    print(f"dtype        {OPTIONS.dtype}:", "asked for" if OPTIONS.dtype != "float16"
-          else "the 16-bit type that every GPU has, a T4 too")
-    print("attention    sdpa: the eager form overflows float16 in Qwen2")
+    RUN = describe_run(OPTIONS, MACHINE, VERSIONS, WORDS)
+    print(render_card(RUN) + f"\ndevice       {DEVICE}: {reason}", flush=True)
     MODEL, TOKENIZER, CONTEXT = open_model(OPTIONS)
     EVAL_IDS = load_evaluation(OPTIONS, TOKENIZER, CONTEXT)
     calibrated = any(VARIANTS[label].calibrated for label in OPTIONS.variants)
@@ -496,6 +577,7 @@ if __name__ == "__main__":
     OUTPUT = prepare_output(OPTIONS, MACHINE)
     LAB = Lab(OPTIONS, DEVICE, MACHINE, VERSIONS, OUTPUT, MODEL, TOKENIZER, EVAL_IDS,
               SAMPLES, CONTEXT)
+    print(f"expected     about {expect_minutes(LAB)} min, by a rule of thumb\n")
 
 # %% [markdown]
 """
@@ -529,11 +611,6 @@ def write_json(file: Path, content: dict) -> None:
     file.with_suffix(".partial").replace(file)
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors of a checkpoint."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def read_checkpoint(folder: Path, key: str) -> dict | None:
     """What is known of a checkpoint, or None unless it is whole and has this key."""
     note = read_json(folder / "quant_lab.json")
@@ -558,6 +635,14 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def show_progress(what: str, total: int) -> tqdm:
+    """A bar on a terminal for what takes over 10 s; nothing where output is a file."""
+    out = sys.__stdout__  # Not the log.
+    return tqdm(total=total, desc=what, delay=10, leave=False, ncols=100, file=out,
+                disable=not (out and out.isatty()))
+
+
+# %%
 def load_model(folder: Path, options: Options):
     """A causal LM in eval mode on the CPU; ValueError if weights are missing."""
     from transformers import AutoModelForCausalLM
@@ -588,8 +673,15 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
         module.get_main_device = lambda: lab.device
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     warnings: list[str] = []
+    bar = show_progress("calibrating", getattr(model.config, "num_hidden_layers", 0))
+
+    def follow(message: str):
+        if found := re.search(r"layers\.(\d+)\.", message):
+            bar.update(int(found[1]) - bar.n)
+
     logger.remove()
     logger.add(lab.output / "log.txt", level="INFO")
+    logger.add(follow, level="INFO", format="{message}")
     logger.add(warnings.append, level="WARNING", format="{message}")
     chats = dict(
         dataset=Dataset.from_dict(dict(
@@ -601,6 +693,7 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
     finally:
         reset_session()
         logger.remove()
+        bar.close()
     if not any(hasattr(module, "quantization_scheme") for module in model.modules()):
         raise ValueError("the recipe found no Linear layer to quantize")
     return sum(map(int, re.findall(r"inversion failed for (\d+)/", "".join(warnings))))
@@ -887,7 +980,7 @@ class PackedLinear(torch.nn.Module):
         self.kind, self.sm = kind, sm
         self.native = sm == (0, 0) or sm >= (8, 9)  # Whether kernels know FP8.
         # Twice this factor keeps the product of FP8 rows within float16.
-        self.register_buffer("small", torch.tensor(2.0**-10, device=weight.device), False)
+        self.register_buffer("small", weight.new_tensor(2.0**-10, dtype=torch.float32))
 
     def route(self, rows: int) -> str:
         """How so many rows are multiplied; the reason, if they are dequantized."""
@@ -1019,6 +1112,7 @@ def score_text(model, ids: Tensor, options: Options, visit) -> Tensor:
     windows = ids.unfold(0, window, window)[: options.max_windows or None]
     losses = torch.zeros(len(windows), window - 1)
     compared = torch.zeros_like(losses, dtype=torch.bool)
+    bar = show_progress("scoring", len(windows))
     for number, row in enumerate(windows.to(model.device)):
         logits = model(row[None], use_cache=False).logits[0, :-1]
         if number == 0:
@@ -1034,6 +1128,8 @@ def score_text(model, ids: Tensor, options: Options, visit) -> Tensor:
             loss.copy_(F.cross_entropy(part.float(), targets, reduction="none"))
             if chosen.any():
                 visit(number, part[chosen.to(part.device)])
+        bar.update()
+    bar.close()
     return losses.double()
 
 
@@ -1067,14 +1163,12 @@ def place_model(folder: Path, lab: Lab):
 def measure_reference(lab: Lab) -> SimpleNamespace | Exception:
     """Losses, compared logits (a file), completions; or why they cannot be had."""
     try:
-        bandwidth = measure_bandwidth(lab.device)  # While its memory is empty.
         model, file = place_model(lab.model, lab), tempfile.TemporaryFile()
         losses = score_text(
             model, lab.eval_ids, lab.options, lambda number, logits: file.write(
                 logits.cpu().view(torch.uint8).numpy().data))
         return SimpleNamespace(
-            losses=losses, logits=file, bandwidth=bandwidth,
-            completions=complete_prompts(model, lab))
+            losses=losses, logits=file, completions=complete_prompts(model, lab))
     except Exception as error:
         traceback.print_exc()  # Goes to the log.
         return RuntimeError(f"the unquantized model: {describe(error)}")
@@ -1144,8 +1238,9 @@ Greedy decoding as servers do it: a static cache, tokens that never leave the GP
 decoder layers compiled as one function, prefill and step as CUDA graphs (a CPU does not
 compile, nor do `--no-compile` and `emulated`). A prompt of 512 tokens is continued by
 exactly `--new-tokens` tokens, alone and in batches of copies: time to the first token,
-inter-token latency, memory, and the bytes that a step reads over its time, as a part of
-what copying 1 GB reaches. Each look at the clock waits for the device.
+inter-token latency, memory, and the bytes that a step reads over its time, as part of
+what copying 1 GB reaches. Each look at the clock waits for the device, and on a GPU
+each variant has a process of its own, for a reason that `run_apart` gives.
 """
 
 
@@ -1154,25 +1249,6 @@ def summarize(samples: list[float]) -> dict:
     """Median, least and greatest of the samples, and these."""
     return dict(median=statistics.median(samples), min=min(samples), max=max(samples),
                 samples=samples)
-
-
-def now(device: torch.device) -> float:
-    """Seconds of the clock, once the device has done all that it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def measure_bandwidth(device: torch.device) -> float:
-    """Bytes per second, read and written, that copying a large tensor reaches."""
-    source = torch.ones(10**9 if device.type == "cuda" else 10**8, device=device,
-                        dtype=torch.int8)
-    target, seconds = source.clone(), []
-    for _ in range(10):
-        start = now(device)
-        target.copy_(source)
-        seconds.append(now(device) - start)
-    return 2 * len(source) / statistics.median(seconds)
 
 
 # %%
@@ -1470,21 +1546,29 @@ def run_apart(function: Callable[[], dict]) -> dict:
             return dict(failed="its process was killed, maybe for want of memory")
 
 
-def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace) -> dict:
+# %%
+def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace,
+                      say=lambda text: None) -> dict:
     """Quality, speed and memory of a checkpoint, loaded from disk."""
     start, compiled = now(lab.device), wants_compiling(lab)
     model = place_model(lab.output / "checkpoints" / label, lab)
     loaded = now(lab.device) - start
     quality, model = measure_quality(model, lab, reference), None
     free_memory()
+    say(f"scored in {now(lab.device) - start:10,.0f} s · perplexity "
+        f"{show(quality['perplexity_interval'], 2)} · KLD {show(quality['kld'], 5)}")
+    start = time.perf_counter()
     length = min(512, lab.context - lab.options.new_tokens)
     prompt = lab.eval_ids.repeat(length // len(lab.eval_ids) + 1)[:length].tolist()
-    measure = partial(time_variant, label, prompt, reference.bandwidth,
+    measure = partial(time_variant, label, prompt, measure_bandwidth(lab.device),
                       replace(lab, eval_ids=None, samples=[]))
     speed = run_apart(partial(measure, True)) if compiled else measure(False)
     if failed := speed.get("failed"):
         speed = measure(False)
         speed["runs_as"] += f", it failed: {failed}"
+    say(f"timed in {time.perf_counter() - start:11,.0f} s · "
+        f"{show(speed['decode_tok_s'], 1)} tokens/s · TTFT "
+        f"{show(speed['ttft_s']['median'], 1, 1000)} ms")
     first = quality["divergence"]["completions"][0]
     return dict(**quality, **speed, load_seconds=loaded,
                 sample={name: first[name] for name in ("prompt", "completion")})
@@ -1524,12 +1608,11 @@ def make_keys(label: str, lab: Lab, model: dict) -> tuple[str, str]:
         o.batch_sizes)
 
 
-def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference) -> dict:
+def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference, say) -> dict:
     """The row of a variant; its status is "failed" if anything went wrong."""
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
                      fingerprint=keys[1])
     folder = lab.output / "checkpoints" / label
-    say = partial(print, "     ", file=sys.stdout, flush=True)  # Not to the log.
     with chatter_to(lab.output / "log.txt"):
         try:
             if isinstance(reference, Exception):
@@ -1537,14 +1620,12 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference) -> dict:
             if not read_checkpoint(folder, keys[0]):
                 quantize_variant(label, keys[0], lab)
             row |= read_checkpoint(folder, keys[0])
-            say(f"{row['weight_bytes'] / 1e6:,.1f} MB, "
-                f"quantized in {row['quantize_seconds']:.1f} s")
-            row |= benchmark_variant(label, lab, reference) | dict(status="ok")
-            say(f"perplexity {row['perplexity']:.3f}, KLD {row['kld']['mean']:.5f}, "
-                f"{row['decode_tok_s']['median']:.1f} tokens/s")
+            say(f"quantized in {row['quantize_seconds']:7,.0f} s · "
+                f"{row['weight_bytes'] / 1e6:,.1f} MB")
+            row |= benchmark_variant(label, lab, reference, say) | dict(status="ok")
         except Exception as error:
             row["error"] = describe(error)
-            say("failed:", row["error"])
+            say(textwrap.shorten(f"failed: {row['error']}", 90, placeholder=" ..."))
             traceback.print_exc()
             shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
     return row
@@ -1568,27 +1649,25 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
             and row["status"] == "ok" and row["fingerprint"] == measured
             and read_checkpoint(checkpoints / label, made)}
     wanted, reference = lab.options.variants, None
-    if left := [VARIANTS[label] for label in wanted if label not in rows]:
-        print("[reference] the model as it came", flush=True)
+    if not rows.keys() >= set(wanted):
         start = time.perf_counter()
         with chatter_to(log):
             reference = measure_reference(lab)
-        took, compiling = time.perf_counter() - start, 40 * wants_compiling(lab)
-        seconds = sum((2 + 3 * v.calibrated) * took + compiling for v in left)
-        print(f"      {took:.0f} s; roughly {math.ceil(seconds / 60)} min to go")
+        print(f"{'the model as it came':26} scored in "
+              f"{time.perf_counter() - start:10,.0f} s", flush=True)
     for number, label in enumerate(wanted, 1):
-        print(f"[{number}/{len(wanted)}] {label}"
-              + (": finished before" if label in rows else ""), flush=True)
-        if label not in rows:
-            rows[label] = run_variant(label, keys[label], lab, reference)
+        say = partial(print, f"[{number}/{len(wanted)}] {label:20}", file=sys.stdout,
+                      flush=True)  # Here sys.stdout is not yet the log.
+        if label in rows:
+            say("finished before")
+        else:
+            rows[label] = run_variant(label, keys[label], lab, reference, say)
         base = rows.get(BASELINE, ROW)["weight_bytes"]
         for row in rows.values():
             size = row["weight_bytes"]
             row["size_ratio"] = size / base if size and base else None
-        results = dict(
-            schema=1, created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            command=["python", "quant_lab.py", *words], config=asdict(lab.options),
-            machine=lab.machine, versions=lab.versions,
+        results = describe_run(lab.options, lab.machine, lab.versions, words) | dict(
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             variants=[rows[label] for label in VARIANTS if label in rows])
         write_json(lab.output / "results.json", results)
     return results
@@ -1597,8 +1676,9 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
 """
 ## Report
 
-All is rendered from `results.json`: `summary.md` whole, on the terminal the completions
-of one prompt. In the verdict, a difference counts where intervals share no value.
+All is rendered from `results.json`: tables and verdict on the terminal, `summary.md`,
+the picture, a model card for each checkpoint. A difference counts where intervals share
+no value; where they do, several variants are named.
 """
 
 
@@ -1621,11 +1701,6 @@ def list_tables(config: dict) -> list[tuple]:
         ("quantize s", "quantize_seconds", 1, 1), ("load s", "load_seconds", 1, 1),
         ("compile s", "compile_seconds", 1, 1),
         *((f"bandwidth {n} %", f"bandwidth_fraction@{n}", 0, 100) for n in [1, *more]))]
-
-
-def plain(text: str) -> str:
-    """One line without control characters, for the terminal and for Markdown."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def show(value: float | str | dict, digits: int, unit: float = 1) -> str:
@@ -1738,11 +1813,9 @@ def render_completions(rows: list[dict], number: int) -> str:
         for line in zip_longest(*columns, fillvalue=""))])
 
 
-def render_summary(results: dict, prompts: int) -> str:
-    """Machine, tables, verdict, completions of the first prompts, command, versions."""
-    machine, rows, config = results["machine"], results["variants"], results["config"]
-    fill = partial(textwrap.fill, width=110, break_on_hyphens=False)
-    point = partial(fill, initial_indent="- ", subsequent_indent="  ")
+def render_tables(results: dict, rows: list[dict]) -> str:
+    """The tables of some rows, each below how its figures were measured."""
+    config, fill = results["config"], partial(textwrap.fill, width=110)
     done = next((row for row in rows if row["status"] == "ok"), ROW | dict(
         tokens_scored=0, kld=dict(tokens=0), prompt_tokens=0))
     captions = (
@@ -1758,29 +1831,232 @@ def render_summary(results: dict, prompts: int) -> str:
         "tokens. tokens/s: after the first, one sequence or a batch.",
         "Cost: weights in memory after running, peak memory in a prefill or a step, "
         "and of the bandwidth of copying, measured beside, what decoding reaches.")
-    tables = [f"{fill(caption)}\n\n{render_table(rows, columns)}"
-              for caption, columns in zip(captions, list_tables(config))]
+    return "\n\n".join(
+        f"{fill(plain(caption), break_on_hyphens=False)}\n\n{render_table(rows, table)}"
+        for caption, table in zip(captions, list_tables(config)))
+
+
+def render_body(results: dict, prompts: int) -> str:
+    """Tables, what ran, verdict, completions of the first prompts."""
+    rows = results["variants"]
+    point = partial(textwrap.fill, width=110, break_on_hyphens=False,
+                    initial_indent="- ", subsequent_indent="  ")
     ran = [f"{row['label']}: {row['runs_as']}" for row in rows if row["runs_as"]]
-    notes = render_verdict(rows) + render_warnings(results)
-    versions = ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v)
+    notes = list_best(rows) + render_verdict(rows) + render_warnings(results)
+    completions = [render_completions(rows, number) for number in range(prompts)]
     return "\n\n".join([
-        f"# quant_lab: {config['model']}", f"{machine['name']}, "
-        f"{machine['memory_bytes'] / 2**30:.1f} GiB. {results['created']}.", *tables,
-        "Run as:", "\n".join(map(point, ran)),
+        render_tables(results, rows), "Run as:", "\n".join(map(point, ran)),
         "## Verdict", "\n".join(map(point, notes)),
-        "## Greedy completions", *(render_completions(rows, n) for n in range(prompts)),
-        "## Made with", "    " + shlex.join(results["command"]), fill(versions) + "\n"])
+        "## Greedy completions", *completions])
+
+
+def render_summary(results: dict) -> str:
+    """summary.md: card, picture, tables, verdict, all completions, command."""
+    return "\n\n".join([
+        f"# quant_lab: {plain(results['config']['model'])}",
+        textwrap.indent(render_card(results) + f"\nmeasured     {results['created']}",
+                        " " * 4),
+        "![Size and quality, speed, memory](summary.png)",
+        render_body(results, len(PROMPTS)), "## Made with",
+        "    " + plain(shlex.join(results["command"])) + "\n"])
 
 
 # %%
+def list_best(rows: list[dict]) -> list[str]:
+    """Which variant to take for what; several, where their ranges share a value."""
+    done = [row for row in rows if row["status"] == "ok"]
+    quantized = [row for row in done if row["label"] != BASELINE]
+
+    def best(what, rows, read, sign=1):
+        ends = [(*sorted(sign * x for x in read(row)), row["label"]) for row in rows]
+        near = min(high for _, high, _ in ends)
+        names = [name for low, _, name in ends if low <= near]
+        return f"{what}: {' or '.join(names)}."
+
+    said = []
+    if len(done) > 1:
+        said.append(best("Smallest", done, lambda row: [row["weight_bytes"]] * 2))
+    if len(quantized) > 1:
+        said.append(best("Closest to the original by KLD", quantized, lambda row: [
+            row["kld"]["mean" if row["kld"][end] is None else end]
+            for end in ("low", "high")]))
+    for number, one in enumerate(done[0]["decode"] if len(done) > 1 else ()):
+        able = [row for row in done if row["decode"][number]["tok_s"]]
+        several = f"a batch of {one['batch']}" if number else "one sequence"
+        said.append(best(f"Fastest for {several}", able, lambda row: [
+            row["decode"][number]["tok_s"][end] for end in ("min", "max")], -1))
+    return said
+
+
+def relate(row: dict, base: dict, read: Callable[[dict], float]) -> float | None:
+    """A figure of the row over the baseline's; None unless both were measured."""
+    try:
+        return read(row) / read(base)
+    except (KeyError, TypeError):
+        return None
+
+
+# %%
+SHADES, MARKERS = ("#1b3a57", "#6f9bc1", "#cfe0ee"), "osD^v"
+
+
+def draw_bars(axes, rows: list[dict], base: dict, title: str, bars: dict) -> None:
+    """Horizontal bars of each row, relative to the baseline, with their values."""
+    related = {name: [relate(row, base, read) for row in rows]
+               for name, read in bars.items()}
+    related = {name: values for name, values in related.items() if any(values)}
+    for number, (name, values) in enumerate(related.items()):
+        for place, (row, value) in enumerate(zip(rows, values)):
+            y = place + 0.27 * (number - (len(related) - 1) / 2)
+            axes.barh(y, value or 0, 0.25, color=SHADES[number], edgecolor="black",
+                      linewidth=0.6, label="" if place else name)
+            axes.text((value or 0) + 0.02, y, f"{value:.2f}" if value else (
+                "not measured" if row["status"] == "ok" else "failed"), va="center",
+                bbox=dict(facecolor="white", edgecolor="none", pad=0.4), zorder=3)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set_title(title)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    known = [value for values in related.values() for value in values if value]
+    axes.set_xlim(0, 1.3 * max([1, *known]))
+    if known:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.05), ncols=len(bars),
+                    frameon=False, handlelength=1, columnspacing=1)
+    else:
+        axes.text(0.1, (len(rows) - 1) / 2, "nothing to compare")
+
+
+# %%
+def draw_loss(axes, rows: list[dict]) -> None:
+    """Each row's size and perplexity; those of one size stand side by side."""
+    for number, (row, marker) in enumerate(zip(rows, MARKERS)):
+        size, ratio = row["size_ratio"], row["perplexity_ratio"] or {}
+        value, low, high = (100 * (ratio.get(end) or math.nan) - 100
+                            for end in ("value", "low", "high"))
+        found = "failed" if row["status"] != "ok" else "no baseline"
+        if row["status"] == "ok" and size:
+            found = f"{size:.2f} of the bytes, {value:+.2f} %"
+        axes.errorbar((size or math.nan) + 0.01 * (number - 2), value,
+                      [[value - low], [high - value]], fmt=marker, capsize=4,
+                      markersize=9, color=SHADES[0], markerfacecolor=SHADES[2],
+                      label=f"{row['label']}: {found}")
+    axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
+    axes.margins(0.15)
+    axes.set_xlabel("bytes on disk, FP16 = 1 (left is smaller)")
+    axes.set_ylabel("perplexity over FP16's in %, 95 % interval (low is good)")
+    axes.set_title("Size and loss of quality")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+
+
+def draw_summary(results: dict):
+    """The matplotlib figure of summary.png: size and quality, speed, memory."""
+    from matplotlib.figure import Figure
+
+    rows = results["variants"]
+    base = next((row for row in rows if row["label"] == BASELINE), ROW)
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1.2, 1, 0.7])
+    draw_loss(left, rows)
+    batches = [one["batch"] for one in base["decode"] or [dict(batch=1)]]
+    several = {} if len(batches) == 1 else {
+        f"batch {batches[-1]}": lambda row: row["decode"][-1]["tok_s"]["median"]}
+    draw_bars(middle, rows, base, "Speed, FP16 = 1 (long is fast)", {
+        "one sequence": lambda row: row["decode_tok_s"]["median"], **several,
+        "first token": lambda row: 1 / row["ttft_s"]["median"]})
+    draw_bars(right, rows, base, "Memory, FP16 = 1", {
+        "weights": lambda row: row["weights_memory_bytes"],
+        "peak": lambda row: row["peak_memory_bytes"]})
+    right.set_yticklabels([])
+    name, device = Path(results["config"]["model"]).name, results["machine"]["name"]
+    figure.suptitle("\n".join([f"{plain(name)} on {plain(device)}", *list_best(rows)]))
+    return figure
+
+
+# %%
+def render_model_card(row: dict, results: dict) -> str:
+    """README.md of a checkpoint's folder, in the format of the hub's model cards."""
+    config, versions, scheme = results["config"], results["versions"], row["scheme"]
+    rows = [one for one in results["variants"] if one in (row, results["variants"][0])]
+    model = plain(config["model"])
+    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists()
+    calibrated = row["quantize_seconds"] and VARIANTS[row["label"]].calibrated
+    recipe = "Nothing was changed: this is what the others are compared with."
+    if row["label"] != BASELINE:
+        recipe = "`recipe.yaml` in this folder, calibrated " + (
+            f"on {config['calibration_samples']} chats of "
+            f"{plain(config['calibration_data'])}, at most "
+            f"{config['calibration_length']:,} tokens each, seed {config['seed']}."
+            if calibrated else "on nothing: it needs no data.")
+    return f"""---
+{f"base_model: {model}" if hub else "# base_model: none on the hub"}
+{"base_model_relation: quantized" if hub and row["label"] != BASELINE else "#"}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [compressed-tensors, llmcompressor, quant_lab, {scheme.lower()}]
+---
+
+# {Path(model).name}, {scheme}
+
+{model} in the format {scheme} of compressed-tensors, written by llmcompressor
+{versions["llmcompressor"]}. The licence is that of the original. The weights are
+safetensors; no remote code is needed.
+
+## Recipe
+
+{textwrap.fill(recipe, 95, break_on_hyphens=False)}
+
+## Measured
+
+{textwrap.indent(render_card(results), "    ")}
+
+{render_tables(results, rows)}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # This folder, or where it was uploaded to.
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto")
+```
+
+This takes `transformers`, `compressed-tensors` and `accelerate`, and unpacks the
+weights to 16 bits when it runs. vLLM serves them packed, from an environment of its
+own, since it needs other versions; over two GPUs (not part of what was measured above):
+
+```sh
+python -m venv serve && serve/bin/pip install vllm
+serve/bin/vllm serve . --tensor-parallel-size 2
+```
+"""
+
+
+# %%
+def write_report(results: dict, output: Path) -> None:
+    """summary.md, .png and .svg, and a model card into each checkpoint's folder."""
+    (output / "summary.md").write_text(render_summary(results), encoding="utf-8")
+    for kind in ("png", "svg"):
+        draw_summary(results).savefig(output / f"summary.{kind}", dpi=140)
+    for row in results["variants"]:
+        if row["status"] == "ok" and (output / row["checkpoint"]).is_dir():
+            (output / row["checkpoint"] / "README.md").write_text(
+                render_model_card(row, results), encoding="utf-8")
+
+
 if __name__ == "__main__":
     try:
         RESULTS = run_lab(LAB, WORDS)
     except KeyboardInterrupt:
         print("\ninterrupted; run again to go on, what is finished is kept")
         sys.exit(130)
-    (OUTPUT / "summary.md").write_text(render_summary(RESULTS, len(PROMPTS)), "utf-8")
-    print("\n" + render_summary(RESULTS, 1))
-    print(f"wrote results.json, summary.md, log.txt and checkpoints/ in {OUTPUT}")
+    write_report(RESULTS, OUTPUT)
+    if "ipykernel" in sys.modules:
+        from IPython.display import Image, Markdown, display
+        display(Image(OUTPUT / "summary.png"), Markdown(render_body(RESULTS, 8)))
+    else:
+        print("\n" + render_body(RESULTS, 1))
+    print("\nwrote results.json, summary.md, summary.png, summary.svg, log.txt and "
+          f"checkpoints/, each with a model card,\nto {OUTPUT}")
     if any(row["status"] == "failed" for row in RESULTS["variants"]):
         sys.exit(1)

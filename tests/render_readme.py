@@ -1,0 +1,38 @@
+"""Write the blocks of README.md that show results/, from their results.json.
+
+    python tests/render_readme.py
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import quant_lab  # noqa: E402
+
+
+def render_readme(text: str) -> str:
+    """The text with what stands between its markers rendered anew.
+
+    <!-- tables FOLDER --> ... <!-- end --> holds the tables, <!-- picture FOLDER --> the
+    picture of that folder of results/.
+    """
+    def fill(found: re.Match) -> str:
+        what, name = found[1], found[2]
+        results = json.loads((ROOT / "results" / name / "results.json").read_text("utf-8"))
+        if what == "tables":
+            block = "\n\n".join(quant_lab.render_table(results["variants"], columns)
+                                for columns in quant_lab.list_tables(results["config"]))
+        else:
+            block = (f"![{'; '.join(quant_lab.list_best(results['variants']))}]"
+                     f"(results/{name}/summary.png)")
+        return f"<!-- {what} {name} -->\n\n{block}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (tables|picture) (\S+) -->.*?<!-- end -->", fill, text, flags=re.S)
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(render_readme(readme.read_text("utf-8")), encoding="utf-8")
