@@ -319,9 +319,17 @@ def plain(text: str) -> str:
 
 
 # %%
+def find_folder(name: str) -> Path | None:
+    """The folder of this name, here or beside the script; None for a name on a hub."""
+    here = Path(globals().get("__file__", "")).parent
+    with contextlib.suppress(OSError, RuntimeError):  # No name of a file, no such user.
+        return next(filter(Path.is_dir, (Path(name).expanduser(), here / name)), None)
+
+
 def describe_run(options: Options, machine: dict, versions: dict, words: list) -> dict:
     """The head of results.json."""
     return dict(schema=1, command=["python", "quant_lab.py", *words],
+                base_model=None if find_folder(options.model) else options.model,
                 config=asdict(options), machine=machine, versions=versions)
 
 
@@ -386,10 +394,9 @@ def open_model(options: Options) -> tuple[Path, object, int]:
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    name, here = options.model, Path(globals().get("__file__", "")).parent
+    name, folder = options.model, find_folder(options.model)
     kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     with usable("--model", name, "give a folder or a hub id (needs network, access)"):
-        folder = next(filter(Path.is_dir, (Path(name).expanduser(), here / name)), None)
         if folder is None and name.startswith((".", "/", "~")):
             raise FileNotFoundError("no such folder")
         folder = folder or Path(snapshot_download(
@@ -1978,19 +1985,18 @@ def render_model_card(row: dict, results: dict) -> str:
     config, versions, scheme = results["config"], results["versions"], row["scheme"]
     rows = [one for one in results["variants"] if one in (row, results["variants"][0])]
     model = plain(config["model"])
-    hub = re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not Path(model).exists()
-    calibrated = row["quantize_seconds"] and VARIANTS[row["label"]].calibrated
-    recipe = "Nothing was changed: this is what the others are compared with."
+    head, recipe = "", "Nothing was changed: the others are compared with this."
+    if base := results.get("base_model"):
+        head = f"base_model: {json.dumps(base)}\n"
     if row["label"] != BASELINE:
+        head += "base_model_relation: quantized\n" if head else ""
         recipe = "`recipe.yaml` in this folder, calibrated " + (
-            f"on {config['calibration_samples']} chats of "
-            f"{plain(config['calibration_data'])}, at most "
-            f"{config['calibration_length']:,} tokens each, seed {config['seed']}."
-            if calibrated else "on nothing: it needs no data.")
+            f"on at most {config['calibration_samples']} chats of "
+            f"{plain(config['calibration_data'])}, of each at most "
+            f"{config['calibration_length']:,} tokens, seed {config['seed']}."
+            if VARIANTS[row["label"]].calibrated else "on nothing: it needs no data.")
     return f"""---
-{f"base_model: {model}" if hub else "# base_model: none on the hub"}
-{"base_model_relation: quantized" if hub and row["label"] != BASELINE else "#"}
-library_name: transformers
+{head}library_name: transformers
 pipeline_tag: text-generation
 tags: [compressed-tensors, llmcompressor, quant_lab, {scheme.lower()}]
 ---
@@ -2036,8 +2042,9 @@ serve/bin/vllm serve . --tensor-parallel-size 2
 def write_report(results: dict, output: Path) -> None:
     """summary.md, .png and .svg, and a model card into each checkpoint's folder."""
     (output / "summary.md").write_text(render_summary(results), encoding="utf-8")
-    for kind in ("png", "svg"):
-        draw_summary(results).savefig(output / f"summary.{kind}", dpi=140)
+    figure = draw_summary(results)
+    figure.savefig(output / "summary.png", dpi=140)
+    figure.savefig(output / "summary.svg")
     for row in results["variants"]:
         if row["status"] == "ok" and (output / row["checkpoint"]).is_dir():
             (output / row["checkpoint"] / "README.md").write_text(
