@@ -672,7 +672,7 @@ def build_recipe(label: str, options: Options) -> list:
 def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int:
     """Run `oneshot` on the model in place; returns how many modules fell back."""
     from datasets import Dataset
-    from llmcompressor import oneshot, reset_session
+    from llmcompressor import oneshot
     from llmcompressor.pipelines import data_free, sequential
     from loguru import logger
     # Left alone, both take the first accelerator, whatever --device says.
@@ -698,7 +698,6 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
     try:
         oneshot(model=model, recipe=recipe, processor=lab.tokenizer, **chats)
     finally:
-        reset_session()
         logger.remove()
         bar.close()
     if not any(hasattr(module, "quantization_scheme") for module in model.modules()):
@@ -709,20 +708,23 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
 # %%
 def quantize_variant(label: str, key: str, lab: Lab) -> None:
     """Write `checkpoints/<label>` and, in its quant_lab.json, its part of the row."""
+    from llmcompressor import reset_session
     folder = lab.output / "checkpoints" / label
     torch.manual_seed(lab.options.seed)
     model, recipe = load_model(lab.model, lab.options), build_recipe(label, lab.options)
     samples = lab.samples if VARIANTS[label].calibrated else []
-    start = time.perf_counter()
-    fallbacks = apply_recipe(model, recipe, samples, lab) if recipe else 0
-    seconds = time.perf_counter() - start if recipe else 0.0
+    start, beside = time.perf_counter(), folder.with_suffix(".partial")
     try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # Older models set a temperature without asking to sample.
-        model.generation_config.do_sample = True
-    beside = folder.with_suffix(".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
+        fallbacks = apply_recipe(model, recipe, samples, lab) if recipe else 0
+        seconds = time.perf_counter() - start if recipe else 0.0
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError:  # Older models set a temperature without asking to sample.
+            model.generation_config.do_sample = True
+        shutil.rmtree(beside, ignore_errors=True)
+        model.save_pretrained(beside)
+    finally:
+        reset_session()  # Not before: saving adds recipe.yaml from the session.
     lab.tokenizer.save_pretrained(beside)
     write_json(beside / "quant_lab.json", dict(
         fingerprint=key, quantize_seconds=seconds, rtn_fallbacks=fallbacks,
@@ -1812,7 +1814,7 @@ def render_completions(rows: list[dict], number: int) -> str:
     said = {row["label"]: row["divergence"]["completions"][number]
             for row in rows if row["divergence"]}
     width = 112 // max(len(said), 1) - 3
-    columns = [[label[:width], f"{one['same_tokens']} tokens alike", "-" * width,
+    columns = [[label[:width], f"tokens alike: {one['same_tokens']}", "-" * width,
                 *textwrap.wrap(plain(one["completion"]), width)]
                for label, one in said.items()]
     return "\n".join([f"**{PROMPTS[number]}**", "", *(
@@ -1878,7 +1880,7 @@ def list_best(rows: list[dict]) -> list[str]:
         ends = [(*sorted(sign * x for x in read(row)), row["label"]) for row in rows]
         near = min(high for _, high, _ in ends)
         names = [name for low, _, name in ends if low <= near]
-        return f"{what}: {' or '.join(names)}."
+        return f"{what}: {' or '.join(names)}"
 
     said = []
     if len(done) > 1:
@@ -1887,11 +1889,13 @@ def list_best(rows: list[dict]) -> list[str]:
         said.append(best("Closest to the original by KLD", quantized, lambda row: [
             row["kld"]["mean" if row["kld"][end] is None else end]
             for end in ("low", "high")]))
-    for number, one in enumerate(done[0]["decode"] if len(done) > 1 else ()):
+    for number in sorted({0, len(done[0]["decode"]) - 1}) if len(done) > 1 else ():
         able = [row for row in done if row["decode"][number]["tok_s"]]
-        several = f"a batch of {one['batch']}" if number else "one sequence"
-        said.append(best(f"Fastest for {several}", able, lambda row: [
-            row["decode"][number]["tok_s"][end] for end in ("min", "max")], -1))
+        batch = done[0]["decode"][number]["batch"]
+        said.append(best(  # Within 2 %: another process or day may turn that round.
+            f"Fastest for a batch of {batch}" if number else "Fastest for one sequence",
+            able, lambda row: [row["decode"][number]["tok_s"][end] * (1 + apart)
+                               for end, apart in (("min", -0.01), ("max", 0.01))], -1))
     return said
 
 
@@ -1935,15 +1939,16 @@ def draw_bars(axes, rows: list[dict], base: dict, title: str, bars: dict) -> Non
 
 # %%
 def draw_loss(axes, rows: list[dict]) -> None:
-    """Each row's size and perplexity; those of one size stand side by side."""
+    """Each row's size and perplexity; of one size, the later stand to the right."""
     for number, (row, marker) in enumerate(zip(rows, MARKERS)):
         size, ratio = row["size_ratio"], row["perplexity_ratio"] or {}
         value, low, high = (100 * (ratio.get(end) or math.nan) - 100
                             for end in ("value", "low", "high"))
         found = "failed" if row["status"] != "ok" else "no baseline"
         if row["status"] == "ok" and size:
-            found = f"{size:.2f} of the bytes, {value:+.2f} %"
-        axes.errorbar((size or math.nan) + 0.01 * (number - 2), value,
+            found = f"{size:.3f} of the bytes, {value:+.2f} %"
+        before = [row["size_ratio"] for row in rows[:number]].count(size)
+        axes.errorbar((size or math.nan) + 0.015 * before, value,
                       [[value - low], [high - value]], fmt=marker, capsize=4,
                       markersize=9, color=SHADES[0], markerfacecolor=SHADES[2],
                       label=f"{row['label']}: {found}")
@@ -1967,7 +1972,9 @@ def draw_summary(results: dict):
     batches = [one["batch"] for one in base["decode"] or [dict(batch=1)]]
     several = {} if len(batches) == 1 else {
         f"batch {batches[-1]}": lambda row: row["decode"][-1]["tok_s"]["median"]}
-    draw_bars(middle, rows, base, "Speed, FP16 = 1 (long is fast)", {
+    slow = any((row["runs_as"] or "").endswith("not compiled") for row in rows)
+    draw_bars(middle, rows, base, "Speed, FP16 = 1 (long is fast" + (
+        "; nothing compiled)" if slow else ")"), {
         "one sequence": lambda row: row["decode_tok_s"]["median"], **several,
         "first token": lambda row: 1 / row["ttft_s"]["median"]})
     draw_bars(right, rows, base, "Memory, FP16 = 1", {
@@ -1980,36 +1987,41 @@ def draw_summary(results: dict):
 
 
 # %%
+def describe_checkpoint(row: dict, results: dict) -> tuple[dict, str]:
+    """A checkpoint's metadata on the hub, and how it was made."""
+    config, quantized = results["config"], row["label"] != BASELINE
+    head = dict(library_name="transformers", pipeline_tag="text-generation")
+    if base := results.get("base_model"):
+        head |= dict(base_model=base)
+        head |= dict(base_model_relation="quantized") if quantized else {}
+    if not quantized:
+        return head, "The original, saved anew: the others are held against it."
+    data = "on nothing."
+    if VARIANTS[row["label"]].calibrated:
+        data = (f"on at most {config['calibration_samples']} chats of "
+                f"{plain(config['calibration_data'])}, of each at most "
+                f"{config['calibration_length']:,} tokens, seed {config['seed']}.")
+    head["tags"] = ["compressed-tensors", "llmcompressor", row["scheme"].lower()]
+    return head, (f"{row['scheme']} of compressed-tensors, made by llmcompressor "
+                  f"{results['versions']['llmcompressor']} as recipe.yaml says, calibrated "
+                  + data)
+
+
+# %%
 def render_model_card(row: dict, results: dict) -> str:
     """README.md of a checkpoint's folder, in the format of the hub's model cards."""
-    config, versions, scheme = results["config"], results["versions"], row["scheme"]
-    rows = [one for one in results["variants"] if one in (row, results["variants"][0])]
-    model = plain(config["model"])
-    head, recipe = "", "Nothing was changed: the others are compared with this."
-    if base := results.get("base_model"):
-        head = f"base_model: {json.dumps(base)}\n"
-    if row["label"] != BASELINE:
-        head += "base_model_relation: quantized\n" if head else ""
-        recipe = "`recipe.yaml` in this folder, calibrated " + (
-            f"on at most {config['calibration_samples']} chats of "
-            f"{plain(config['calibration_data'])}, of each at most "
-            f"{config['calibration_length']:,} tokens, seed {config['seed']}."
-            if VARIANTS[row["label"]].calibrated else "on nothing: it needs no data.")
+    label, model = row["label"], plain(results["config"]["model"])
+    rows = [one for one in results["variants"] if one["label"] in (BASELINE, label)]
+    head, made = describe_checkpoint(row, results)
+    lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items())
     return f"""---
-{head}library_name: transformers
-pipeline_tag: text-generation
-tags: [compressed-tensors, llmcompressor, quant_lab, {scheme.lower()}]
+{lines}
 ---
 
-# {Path(model).name}, {scheme}
+# {Path(model).name}, {row["scheme"]}
 
-{model} in the format {scheme} of compressed-tensors, written by llmcompressor
-{versions["llmcompressor"]}. The licence is that of the original. The weights are
-safetensors; no remote code is needed.
-
-## Recipe
-
-{textwrap.fill(recipe, 95, break_on_hyphens=False)}
+{textwrap.fill(f"{model}. {made}", 88, break_on_hyphens=False)}
+The licence is that of the original. The weights are safetensors; no remote code runs.
 
 ## Measured
 
@@ -2025,14 +2037,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # This folder, or where it was uploaded to.
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto")
+chat = [{{"role": "user", "content": "Hello!"}}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True,
+                                       return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=64)[0]))
 ```
 
-This takes `transformers`, `compressed-tensors` and `accelerate`, and unpacks the
-weights to 16 bits when it runs. vLLM serves them packed, from an environment of its
-own, since it needs other versions; over two GPUs (not part of what was measured above):
+takes `transformers`, `accelerate` and, quantized, `compressed-tensors`; quantized weights
+are unpacked to 16 bits there when they run. vLLM reads the format, too, in an environment
+of its own, since it needs other versions; over several GPUs where their number divides
+heads and groups of inputs (none of this was part of what was measured):
 
 ```sh
 python -m venv serve && serve/bin/pip install vllm
+serve/bin/vllm serve .
 serve/bin/vllm serve . --tensor-parallel-size 2
 ```
 """

@@ -139,6 +139,17 @@ def test_sizes_are_those_of_the_tensors(demo):
         assert row["size_ratio"] == row["weight_bytes"] / base
 
 
+def test_recipes_travel_with_the_checkpoints(demo):
+    modifiers = ((), ("QuantizationModifier",), ("GPTQModifier",),
+                 ("SmoothQuantModifier", "GPTQModifier"))
+    for row, names in zip(demo[2]["variants"], modifiers):
+        folder = demo[1] / row["checkpoint"]
+        said = (folder / "recipe.yaml").read_text("utf-8") if names else ""
+        assert re.findall(r"^ *(\w+Modifier):", said, re.M) == list(names)
+        card = (folder / "README.md").read_text("utf-8")
+        assert card == quant_lab.render_model_card(row, demo[2])
+
+
 def test_checkpoints_say_what_they_are(demo):
     _, folder, results = demo
     wanted = dict(zip(LABELS[1:], (
@@ -217,7 +228,7 @@ def test_completions_stand_side_by_side(demo):
             found = "".join(line[start:end] for line in lines[3:])
             assert found.replace(" ", "") == (
                 quant_lab.plain(said["completion"]).replace(" ", ""))
-            assert lines[1][start:end].strip() == f"{said['same_tokens']} tokens alike"
+            assert lines[1][start:end].strip() == f"tokens alike: {said['same_tokens']}"
 
 
 def test_tokenizer_travels_with_the_checkpoint(demo):
