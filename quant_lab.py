@@ -54,8 +54,6 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache, partial
@@ -126,6 +124,7 @@ same words into the environment first, as in `%env QUANT_LAB_ARGS=--demo`.
 
 # %%
 ULTRACHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k", "Salesforce/wikitext"
+DATA = "calibration_data", "eval_text"
 PYTHON_HELP = "pydoc_data.topics"
 PROMPTS = (
     "What is a dictionary in Python? Answer in two sentences.",
@@ -191,7 +190,7 @@ def describe(error: BaseException) -> str:
     """The root cause of an exception, on one line of at most 200 characters."""
     while error.__cause__:
         error = error.__cause__
-    text = f"{type(error).__name__}: {error}".rstrip(".\n ")
+    text = plain(f"{type(error).__name__}: {error}").rstrip(". ")
     return textwrap.shorten(text, 200, placeholder=" ...")
 
 
@@ -328,9 +327,16 @@ def find_folder(name: str) -> Path | None:
 
 def describe_run(options: Options, machine: dict, versions: dict, words: list) -> dict:
     """The head of results.json."""
+    folder = find_folder(options.model)
     return dict(schema=1, command=["python", "quant_lab.py", *words],
-                base_model=None if find_folder(options.model) else options.model,
+                base_model=None if folder else options.model,
+                model_name=folder.resolve().name if folder else options.model,
                 config=asdict(options), machine=machine, versions=versions)
+
+
+def name_source(text: str) -> str:
+    """A data set of a hub as it is called, of a path the last part."""
+    return text if text in (WIKITEXT, ULTRACHAT, PYTHON_HELP) else Path(text).name
 
 
 def render_card(results: dict) -> str:
@@ -341,11 +347,14 @@ def render_card(results: dict) -> str:
         words = list(value) if isinstance(value, (list, tuple)) else [value]
         if name not in ("model", "variants", "output_dir") and (
                 tuple(words) if len(words) > 1 else value) != getattr(Options, name):
+            words = map(name_source, words) if name in DATA else words
             changed += ["--" + name.replace("_", "-"), *words]
     gpu = machine["compute_capability"]
+    name = results.get("model_name", config["model"])
+    labels = [row["label"] for row in results.get("variants", ())] or config["variants"]
     facts = dict(
-        model=f"{config['model']} in {config['dtype']}, {config['execution']}",
-        variants=", ".join(config["variants"]),
+        model=f"{name} in {config['dtype']}, {config['execution']}",
+        variants=", ".join(labels),
         options=shlex.join(str(w) for w in changed if w is not True) or "defaults",
         machine=f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB"
         + (f", SM {gpu}, driver {machine['driver']}" if gpu else ""),
@@ -642,10 +651,10 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def show_progress(what: str, total: int) -> tqdm:
-    """A bar on a terminal for what takes over 10 s; nothing where output is a file."""
+def show_progress(what: str, items) -> tqdm:
+    """A bar on a terminal if the items take over 10 s; nothing if output is a file."""
     out = sys.__stdout__  # Not the log.
-    return tqdm(total=total, desc=what, delay=10, leave=False, ncols=100, file=out,
+    return tqdm(items, desc=what, delay=10, leave=False, ncols=100, file=out,
                 disable=not (out and out.isatty()))
 
 
@@ -680,7 +689,8 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
         module.get_main_device = lambda: lab.device
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     warnings: list[str] = []
-    bar = show_progress("calibrating", getattr(model.config, "num_hidden_layers", 0))
+    bar = show_progress(
+        "calibrating", range(getattr(model.config, "num_hidden_layers", 0)))
 
     def follow(message: str):
         if found := re.search(r"layers\.(\d+)\.", message):
@@ -1121,8 +1131,7 @@ def score_text(model, ids: Tensor, options: Options, visit) -> Tensor:
     windows = ids.unfold(0, window, window)[: options.max_windows or None]
     losses = torch.zeros(len(windows), window - 1)
     compared = torch.zeros_like(losses, dtype=torch.bool)
-    bar = show_progress("scoring", len(windows))
-    for number, row in enumerate(windows.to(model.device)):
+    for number, row in enumerate(show_progress("scoring", windows.to(model.device))):
         logits = model(row[None], use_cache=False).logits[0, :-1]
         if number == 0:
             fit = int(LOGITS_FILE_BYTES // logits[0].nbytes)
@@ -1137,8 +1146,6 @@ def score_text(model, ids: Tensor, options: Options, visit) -> Tensor:
             loss.copy_(F.cross_entropy(part.float(), targets, reduction="none"))
             if chosen.any():
                 visit(number, part[chosen.to(part.device)])
-        bar.update()
-    bar.close()
     return losses.double()
 
 
@@ -1537,7 +1544,16 @@ def time_variant(label: str, prompt: list[int], bandwidth: float, lab: Lab,
             traceback.print_exc()
             return dict(failed=describe(error))
     ways = name_routes(label, model, len(prompt), lab.options)
-    return speed | dict(runs_as=f"{ways} · {'' if compiled else 'not '}compiled")
+    how = "compiled" if compiled else "not compiled"
+    if compiled and "__file__" not in globals():
+        how += ", in one process with the others"
+    return speed | dict(runs_as=f"{ways} · {how}")
+
+
+def answer(function: Callable[[], dict], pipe) -> None:
+    """Send what the function returns; of an interrupt, its sender tells."""
+    with contextlib.suppress(KeyboardInterrupt):
+        pipe.send(function())
 
 
 def run_apart(function: Callable[[], dict]) -> dict:
@@ -1548,11 +1564,18 @@ def run_apart(function: Callable[[], dict]) -> dict:
     """
     if "__file__" not in globals():
         return function()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function).result()
-        except BrokenProcessPool:
-            return dict(failed="its process was killed, maybe for want of memory")
+    spawn = multiprocessing.get_context("spawn")  # CUDA cannot be forked.
+    ours, theirs = spawn.Pipe(duplex=False)
+    child = spawn.Process(target=answer, args=(function, theirs))
+    child.start()
+    theirs.close()  # Or its death would not end the wait.
+    try:
+        return ours.recv()
+    except EOFError:
+        return dict(failed="its process died, maybe for want of memory")
+    finally:
+        child.kill()
+        child.join()
 
 
 # %%
@@ -1602,6 +1625,9 @@ ROW = dict.fromkeys((
     "copy_bandwidth", "prompt_tokens", "runs_as", "sample", "fingerprint"))
 
 
+PROTOCOL = 2  # Raised when measuring changes: rows of before are measured again.
+
+
 def make_keys(label: str, lab: Lab, model: dict) -> tuple[str, str]:
     """The fingerprints of what shapes a variant's checkpoint, and of its row."""
     o, machine = lab.options, lab.machine
@@ -1614,7 +1640,7 @@ def make_keys(label: str, lab: Lab, model: dict) -> tuple[str, str]:
     return made, fingerprint(
         made, lab.eval_ids.tolist(), PROMPTS, BLOCKS, LOGITS_FILE_BYTES, o.window,
         o.max_windows, o.kld_tokens, o.new_tokens, o.repeats, o.execution, o.no_compile,
-        o.batch_sizes)
+        o.batch_sizes, PROTOCOL, "__file__" in globals())
 
 
 def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference, say) -> dict:
@@ -1828,13 +1854,13 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     done = next((row for row in rows if row["status"] == "ok"), ROW | dict(
         tokens_scored=0, kld=dict(tokens=0), prompt_tokens=0))
     captions = (
-        f"Quality on {config['eval_text']}: {done['tokens_scored']:,} tokens scored in "
-        f"windows of {config['window']:,}, the first of each unscored; KLD and top-1 "
-        f"at {done['kld']['tokens']:,} of them. ±: half a 95 % interval. size, ratio: "
-        "bytes and perplexity over the baseline's. Against the unquantized model: KLD: "
-        "KL divergence, nats. top-1: same most probable token. tokens: number until "
-        f"greedy completions of {len(PROMPTS)} prompts differ, {config['new_tokens']} "
-        "if never. MB: 10^6 bytes of safetensors.",
+        f"Quality on {name_source(config['eval_text'])}: {done['tokens_scored']:,} "
+        f"tokens scored in windows of {config['window']:,}, the first of each not; KLD "
+        f"and top-1 at {done['kld']['tokens']:,} of them. ±: half a 95 % interval. size, "
+        "ratio: bytes and perplexity over the baseline's. Against the original: KLD: KL "
+        "divergence, nats. top-1: same most probable token. tokens: number until greedy "
+        f"completions of {len(PROMPTS)} prompts differ, {config['new_tokens']} if never. "
+        "MB: 10^6 bytes of safetensors.",
         f"Speed, median (min–max) of {config['repeats']}: TTFT: first token after a "
         f"prompt of {done['prompt_tokens']} tokens. latency: {config['new_tokens']} "
         "tokens. tokens/s: after the first, one sequence or a batch.",
@@ -1854,7 +1880,8 @@ def render_body(results: dict, prompts: int) -> str:
     notes = list_best(rows) + render_verdict(rows) + render_warnings(results)
     completions = [render_completions(rows, number) for number in range(prompts)]
     return "\n\n".join([
-        render_tables(results, rows), "Run as:", "\n".join(map(point, ran)),
+        render_tables(results, rows),
+        *(["Run as:", "\n".join(map(point, ran))] if ran else []),
         "## Verdict", "\n".join(map(point, notes)),
         "## Greedy completions", *completions])
 
@@ -1883,13 +1910,15 @@ def list_best(rows: list[dict]) -> list[str]:
         return f"{what}: {' or '.join(names)}"
 
     said = []
-    if len(done) > 1:
-        said.append(best("Smallest", done, lambda row: [row["weight_bytes"]] * 2))
-    if len(quantized) > 1:
+    if len(done) > 1:  # Within 1 %: scales of another shape, no more.
+        said.append(best("Smallest", done, lambda row: [
+            row["weight_bytes"] * (1 + apart) for apart in (-0.005, 0.005)]))
+    if len(quantized) > 1 and None not in (row["kld"]["low"] for row in quantized):
         said.append(best("Closest to the original by KLD", quantized, lambda row: [
-            row["kld"]["mean" if row["kld"][end] is None else end]
-            for end in ("low", "high")]))
-    for number in sorted({0, len(done[0]["decode"]) - 1}) if len(done) > 1 else ():
+            row["kld"][end] for end in ("low", "high")]))
+    measured = [number for row in done for number, one in enumerate(row["decode"])
+                if one["tok_s"]]
+    for number in sorted({0, max(measured)}) if len(done) > 1 else ():
         able = [row for row in done if row["decode"][number]["tok_s"]]
         batch = done[0]["decode"][number]["batch"]
         said.append(best(  # Within 2 %: another process or day may turn that round.
@@ -1947,15 +1976,16 @@ def draw_loss(axes, rows: list[dict]) -> None:
         found = "failed" if row["status"] != "ok" else "no baseline"
         if row["status"] == "ok" and size:
             found = f"{size:.3f} of the bytes, {value:+.2f} %"
-        before = [row["size_ratio"] for row in rows[:number]].count(size)
+        before = sum(size is not None and abs((other["size_ratio"] or 9) - size) < 0.01
+                     for other in rows[:number])
         axes.errorbar((size or math.nan) + 0.015 * before, value,
                       [[value - low], [high - value]], fmt=marker, capsize=4,
                       markersize=9, color=SHADES[0], markerfacecolor=SHADES[2],
                       label=f"{row['label']}: {found}")
     axes.axhline(0, color="black", linewidth=0.8, linestyle=":")
     axes.margins(0.15)
-    axes.set_xlabel("bytes on disk, FP16 = 1 (left is smaller)")
-    axes.set_ylabel("perplexity over FP16's in %, 95 % interval (low is good)")
+    axes.set_xlabel("bytes on disk, baseline = 1 (left is smaller)")
+    axes.set_ylabel("perplexity over the original's in %, 95 % interval")
     axes.set_title("Size and loss of quality")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
 
@@ -1972,17 +2002,20 @@ def draw_summary(results: dict):
     batches = [one["batch"] for one in base["decode"] or [dict(batch=1)]]
     several = {} if len(batches) == 1 else {
         f"batch {batches[-1]}": lambda row: row["decode"][-1]["tok_s"]["median"]}
-    slow = any((row["runs_as"] or "").endswith("not compiled") for row in rows)
-    draw_bars(middle, rows, base, "Speed, FP16 = 1 (long is fast" + (
+    slow = all("not compiled" in row["runs_as"] for row in rows if row["runs_as"])
+    unit = SHORT[results["config"]["dtype"]].upper()
+    draw_bars(middle, rows, base, f"Speed, {unit} = 1 (long is fast" + (
         "; nothing compiled)" if slow else ")"), {
         "one sequence": lambda row: row["decode_tok_s"]["median"], **several,
         "first token": lambda row: 1 / row["ttft_s"]["median"]})
-    draw_bars(right, rows, base, "Memory, FP16 = 1", {
+    draw_bars(right, rows, base, f"Memory, {unit} = 1", {
         "weights": lambda row: row["weights_memory_bytes"],
         "peak": lambda row: row["peak_memory_bytes"]})
     right.set_yticklabels([])
-    name, device = Path(results["config"]["model"]).name, results["machine"]["name"]
-    figure.suptitle("\n".join([f"{plain(name)} on {plain(device)}", *list_best(rows)]))
+    name = results.get("model_name", Path(results["config"]["model"]).name)
+    figure.suptitle("\n".join(
+        [plain(f"{name[-60:]} on {results['machine']['name']}"), *list_best(rows)]),
+        parse_math=False)
     return figure
 
 
@@ -1999,18 +2032,19 @@ def describe_checkpoint(row: dict, results: dict) -> tuple[dict, str]:
     data = "on nothing."
     if VARIANTS[row["label"]].calibrated:
         data = (f"on at most {config['calibration_samples']} chats of "
-                f"{plain(config['calibration_data'])}, of each at most "
+                f"{plain(name_source(config['calibration_data']))}, of each at most "
                 f"{config['calibration_length']:,} tokens, seed {config['seed']}.")
     head["tags"] = ["compressed-tensors", "llmcompressor", row["scheme"].lower()]
-    return head, (f"{row['scheme']} of compressed-tensors, made by llmcompressor "
-                  f"{results['versions']['llmcompressor']} as recipe.yaml says, calibrated "
+    return head, (f"{row['scheme']} of compressed-tensors, made as recipe.yaml says by "
+                  f"llmcompressor {results['versions']['llmcompressor']}, calibrated "
                   + data)
 
 
 # %%
 def render_model_card(row: dict, results: dict) -> str:
     """README.md of a checkpoint's folder, in the format of the hub's model cards."""
-    label, model = row["label"], plain(results["config"]["model"])
+    label, name = row["label"], plain(
+        results.get("model_name", Path(results["config"]["model"]).name))
     rows = [one for one in results["variants"] if one["label"] in (BASELINE, label)]
     head, made = describe_checkpoint(row, results)
     lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items())
@@ -2018,9 +2052,9 @@ def render_model_card(row: dict, results: dict) -> str:
 {lines}
 ---
 
-# {Path(model).name}, {row["scheme"]}
+# {name}, {row["scheme"]}
 
-{textwrap.fill(f"{model}. {made}", 88, break_on_hyphens=False)}
+{textwrap.fill(f"{name}. {made}", 88, break_on_hyphens=False)}
 The licence is that of the original. The weights are safetensors; no remote code runs.
 
 ## Measured
@@ -2043,10 +2077,10 @@ inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True,
 print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=64)[0]))
 ```
 
-takes `transformers`, `accelerate` and, quantized, `compressed-tensors`; quantized weights
-are unpacked to 16 bits there when they run. vLLM reads the format, too, in an environment
-of its own, since it needs other versions; over several GPUs where their number divides
-heads and groups of inputs (none of this was part of what was measured):
+takes `transformers`, `accelerate` and, quantized, `compressed-tensors`; there quantized
+weights are unpacked to 16 bits when they run. vLLM reads the format, too, from an
+environment of its own, since it needs other versions; over several GPUs where their
+number divides heads and groups of inputs (not part of what was measured):
 
 ```sh
 python -m venv serve && serve/bin/pip install vllm
@@ -2058,15 +2092,17 @@ serve/bin/vllm serve . --tensor-parallel-size 2
 
 # %%
 def write_report(results: dict, output: Path) -> None:
-    """summary.md, .png and .svg, and a model card into each checkpoint's folder."""
+    """Model cards into the checkpoints' folders; summary.md, .png and .svg."""
+    for row in results["variants"]:
+        card = output / "checkpoints" / row["label"] / "README.md"
+        if row["status"] == "ok" and card.parent.is_dir():
+            card.write_text(render_model_card(row, results), encoding="utf-8")
+        else:
+            card.unlink(missing_ok=True)
     (output / "summary.md").write_text(render_summary(results), encoding="utf-8")
     figure = draw_summary(results)
     figure.savefig(output / "summary.png", dpi=140)
     figure.savefig(output / "summary.svg")
-    for row in results["variants"]:
-        if row["status"] == "ok" and (output / row["checkpoint"]).is_dir():
-            (output / row["checkpoint"] / "README.md").write_text(
-                render_model_card(row, results), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -2075,13 +2111,15 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\ninterrupted; run again to go on, what is finished is kept")
         sys.exit(130)
-    write_report(RESULTS, OUTPUT)
     if "ipykernel" in sys.modules:
         from IPython.display import Image, Markdown, display
-        display(Image(OUTPUT / "summary.png"), Markdown(render_body(RESULTS, 8)))
+        display(Markdown(render_body(RESULTS, len(PROMPTS))))
     else:
         print("\n" + render_body(RESULTS, 1))
+    write_report(RESULTS, OUTPUT)
+    if "ipykernel" in sys.modules:
+        display(Image(OUTPUT / "summary.png"))
     print("\nwrote results.json, summary.md, summary.png, summary.svg, log.txt and "
-          f"checkpoints/, each with a model card,\nto {OUTPUT}")
+          f"checkpoints with model cards\nto {OUTPUT}")
     if any(row["status"] == "failed" for row in RESULTS["variants"]):
         sys.exit(1)

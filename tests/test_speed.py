@@ -386,7 +386,7 @@ def where() -> dict:
 
 def test_apart_is_another_process_and_its_death_is_told():
     assert quant_lab.run_apart(where)["process"] != os.getpid()
-    assert "killed" in quant_lab.run_apart(partial(os._exit, 9))["failed"]
+    assert "died" in quant_lab.run_apart(partial(os._exit, 9))["failed"]
 
 
 def test_emulated_is_the_ecosystems_path(lab):
