@@ -1856,11 +1856,11 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     captions = (
         f"Quality on {name_source(config['eval_text'])}: {done['tokens_scored']:,} "
         f"tokens scored in windows of {config['window']:,}, the first of each not; KLD "
-        f"and top-1 at {done['kld']['tokens']:,} of them. ±: half a 95 % interval. size, "
-        "ratio: bytes and perplexity over the baseline's. Against the original: KLD: KL "
-        "divergence, nats. top-1: same most probable token. tokens: number until greedy "
-        f"completions of {len(PROMPTS)} prompts differ, {config['new_tokens']} if never. "
-        "MB: 10^6 bytes of safetensors.",
+        f"and top-1 at {done['kld']['tokens']:,} of them. ±: half a 95 % interval. "
+        "size, ratio: bytes and perplexity over the baseline's. Against the original: "
+        "KLD: KL divergence, nats. top-1: same most probable token. tokens: number "
+        f"until greedy completions of {len(PROMPTS)} prompts differ, "
+        f"{config['new_tokens']} if never. MB: 10^6 bytes of safetensors.",
         f"Speed, median (min–max) of {config['repeats']}: TTFT: first token after a "
         f"prompt of {done['prompt_tokens']} tokens. latency: {config['new_tokens']} "
         "tokens. tokens/s: after the first, one sequence or a batch.",

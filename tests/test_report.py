@@ -58,7 +58,8 @@ def test_card_comes_first_and_names_what_is_run(results):
     card = quant_lab.render_card(results)
     assert max(map(len, card.split("\n"))) <= 120
     flat = " ".join(card.split())
-    for fact in (results["config"]["model"], results["machine"]["name"], *(
+    name = results.get("model_name", results["config"]["model"])
+    for fact in (name, results["machine"]["name"], *(
             f"{name} {version}" for name, version in results["versions"].items() if version),
             *(row["label"] for row in results["variants"])):
         assert fact in flat
