@@ -1727,15 +1727,18 @@ QUALITY = (("MB", "weight_bytes", 1, 1e-6), ("size", "size_ratio", 3, 1),
 def list_tables(config: dict) -> list[tuple]:
     """The columns of the tables: title, key (after @, of a batch), digits, unit."""
     more = [batch for batch in config["batch_sizes"] if batch > 1]
+    batches = [tuple(column for n in more[at : at + 2] for column in (
+        (f"batch {n}", f"tok_s@{n}", 0, 1),
+        (f"bandwidth {n} %", f"bandwidth_fraction@{n}", 0, 100)))
+        for at in range(0, len(more), 2)]
     return [QUALITY, (
         ("TTFT ms", "ttft_s", 1, 1000), ("latency s", "latency_s", 3, 1),
         ("tokens/s", "decode_tok_s", 1, 1),
-        *((f"batch {n}", f"tok_s@{n}", 0, 1) for n in more)), (
+        ("bandwidth %", "bandwidth_fraction@1", 0, 100)), *batches, (
         ("weights MB", "weights_memory_bytes", 1, 1e-6),
         ("peak MB", "peak_memory_bytes", 1, 1e-6),
         ("quantize s", "quantize_seconds", 1, 1), ("load s", "load_seconds", 1, 1),
-        ("compile s", "compile_seconds", 1, 1),
-        *((f"bandwidth {n} %", f"bandwidth_fraction@{n}", 0, 100) for n in [1, *more]))]
+        ("compile s", "compile_seconds", 1, 1))]
 
 
 def show(value: float | str | dict, digits: int, unit: float = 1) -> str:
@@ -1851,6 +1854,7 @@ def render_completions(rows: list[dict], number: int) -> str:
 def render_tables(results: dict, rows: list[dict]) -> str:
     """The tables of some rows, each below how its figures were measured."""
     config, fill = results["config"], partial(textwrap.fill, width=110)
+    tables = list_tables(config)
     done = next((row for row in rows if row["status"] == "ok"), ROW | dict(
         tokens_scored=0, kld=dict(tokens=0), prompt_tokens=0))
     captions = (
@@ -1861,16 +1865,18 @@ def render_tables(results: dict, rows: list[dict]) -> str:
         "KLD: KL divergence, nats. top-1: same most probable token. tokens: number "
         f"until greedy completions of {len(PROMPTS)} prompts differ, "
         f"{config['new_tokens']} if never. MB: 10^6 bytes of safetensors.",
-        f"Speed, median (min–max) of {config['repeats']}: TTFT: first token after a "
-        f"prompt of {done['prompt_tokens']} tokens. latency: {config['new_tokens']} "
-        "tokens. tokens/s: after the first, one sequence or a batch.",
-        "Cost: weights in memory after running, peak memory in a prefill or a step, "
-        "and of the bandwidth of copying, measured beside, what decoding reaches.")
+        f"Speed of one sequence, median (min–max) of {config['repeats']}: TTFT: first "
+        f"token after a prompt of {done['prompt_tokens']} tokens. latency: "
+        f"{config['new_tokens']} tokens. tokens/s: after the first. bandwidth: what "
+        "decoding reaches of the bandwidth of copying, measured beside.",
+        *["tokens/s and bandwidth of several sequences at once."] * (len(tables) - 3),
+        "Cost: weights in memory after running, peak memory in a prefill or a step.")
     return "\n\n".join(
         f"{fill(plain(caption), break_on_hyphens=False)}\n\n{render_table(rows, table)}"
-        for caption, table in zip(captions, list_tables(config)))
+        for caption, table in zip(captions, tables))
 
 
+# %%
 def render_body(results: dict, prompts: int) -> str:
     """Tables, what ran, verdict, completions of the first prompts."""
     rows = results["variants"]

@@ -54,6 +54,29 @@ def test_readme_shows_the_committed_results():
     assert "<!-- picture demo-cpu -->" in text and "results/demo-cpu/summary.png" in text
 
 
+def test_what_the_readme_says_of_7b_is_what_was_printed():
+    lines = (ROOT / "results" / "h100-7b" / "decode.txt").read_text("utf-8").split("\n")[1:]
+    found = {line.split()[1]: [float(line.split()[k]) for k in (3, 5)]
+             for line in lines if line}
+    base, readme = found["plain"], (ROOT / "README.md").read_text("utf-8")
+    table = (ROOT / "results" / "h100-7b" / "README.md").read_text("utf-8")
+    for kind, name in dict(fp8="FP8", int8="W8A8", int4="W4A16").items():
+        ttft, step = found[kind]
+        assert f"| {name} | {ttft:.2f} | {base[0] / ttft:.2f} | {step:.3f} | " \
+               f"{base[1] / step:.2f} |" in table
+        assert f"{base[0] / ttft:.2f}" in readme and f"{base[1] / step:.2f}" in readme
+
+
+def test_what_the_readme_says_in_prose_of_the_h100():
+    base, _, w4, w8 = rows = read("h100-0.5b")["variants"]
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    megabytes = [f"{row['weights_memory_bytes'] / 1e6:.0f}" for row in rows]
+    assert f"{megabytes[3]} and {megabytes[2]} MB instead of {megabytes[0]}" in readme
+    one = base["decode"][0]
+    copying = 1000 * one["step_bytes"] / base["copy_bandwidth"]
+    assert f"{copying:.2f} of the {one['itl_ms']['median']:.2f} ms" in readme
+
+
 def test_card_comes_first_and_names_what_is_run(results):
     card = quant_lab.render_card(results)
     assert max(map(len, card.split("\n"))) <= 120
@@ -126,6 +149,18 @@ def test_verdict_begins_with_what_to_take_for_what(results):
     if len(rows) > 2:
         closest = min(rows[1:], key=lambda row: row["kld"]["mean"])["label"]
         assert closest in said["Closest to the original by KLD"].split(" or ")
+
+
+def test_many_batches_make_more_tables_not_wider_ones():
+    results = read("h100-0.5b")
+    results["config"]["batch_sizes"] = sizes = [1, 2, 4, 8, 16, 32, 64]
+    for row in results["variants"]:
+        row["decode"] = [row["decode"][-1] | dict(batch=batch) for batch in sizes]
+    body = quant_lab.render_body(results, 1)
+    assert max(map(len, body.split("\n"))) <= 120
+    for batch in sizes[1:]:
+        assert len(re.findall(rf"\| +batch {batch} \|", body)) == 1
+        assert len(re.findall(rf"\| +bandwidth {batch} % \|", body)) == 1
 
 
 def test_ranges_that_meet_are_not_ranked():
