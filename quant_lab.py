@@ -593,7 +593,8 @@ if __name__ == "__main__":
     OUTPUT = prepare_output(OPTIONS, MACHINE)
     LAB = Lab(OPTIONS, DEVICE, MACHINE, VERSIONS, OUTPUT, MODEL, TOKENIZER, EVAL_IDS,
               SAMPLES, CONTEXT)
-    print(f"expected     about {expect_minutes(LAB)} min, by a rule of thumb\n")
+    print(f"expected     about {expect_minutes(LAB)} min, by a rule of thumb; less if "
+          "part is finished\n", flush=True)
 
 # %% [markdown]
 """
@@ -689,12 +690,12 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
         module.get_main_device = lambda: lab.device
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     warnings: list[str] = []
-    bar = show_progress(
-        "calibrating", range(getattr(model.config, "num_hidden_layers", 0)))
+    layers = getattr(model.config, "num_hidden_layers", 1)
+    bar = show_progress("calibrating", range(layers * len(recipe)))  # Each, anew.
 
     def follow(message: str):
         if found := re.search(r"layers\.(\d+)\.", message):
-            bar.update(int(found[1]) - bar.n)
+            bar.update((int(found[1]) - bar.n) % layers)
 
     logger.remove()
     logger.add(lab.output / "log.txt", level="INFO")
