@@ -541,17 +541,6 @@ def test_committed_results_are_those_of_the_readme(folder):
             ROOT / "README.md").read_text(encoding="utf-8"), f"stale: {folder.name}"
 
 
-def test_what_the_readme_says_of_the_second_run():
-    folder = ROOT / "results" / "h100-0.5b" / "again"
-    results = strict(folder / "results.json")
-    assert (folder / "summary.md").read_text("utf-8") == quant_lab.render_summary(results)
-    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    for row in results["variants"]:
-        for batch in row["decode"][:2]:
-            assert quant_lab.show(batch["tok_s"], 1) in readme
-    assert f"{results['variants'][1]['peak_memory_bytes'] / 1e6:.1f} MB" in readme
-
-
 @pytest.mark.parametrize("folder", COMMITTED, ids=lambda folder: folder.name)
 def test_committed_intervals_follow_from_the_committed_losses(folder):
     rows = strict(folder / "results.json")["variants"]
