@@ -334,11 +334,17 @@ def describe_run(options: Options, machine: dict, versions: dict, words: list) -
                 config=asdict(options), machine=machine, versions=versions)
 
 
+def name_model(results: dict) -> str:
+    """The model as a hub or its folder calls it."""
+    return plain(results.get("model_name", Path(results["config"]["model"]).name))
+
+
 def name_source(text: str) -> str:
     """A data set of a hub as it is called, of a path the last part."""
     return text if text in (WIKITEXT, ULTRACHAT, PYTHON_HELP) else Path(text).name
 
 
+# %%
 def render_card(results: dict) -> str:
     """What is run on what: lines of at most 116 columns."""
     config, machine, versions = (results[k] for k in ("config", "machine", "versions"))
@@ -350,10 +356,9 @@ def render_card(results: dict) -> str:
             words = map(name_source, words) if name in DATA else words
             changed += ["--" + name.replace("_", "-"), *words]
     gpu = machine["compute_capability"]
-    name = results.get("model_name", config["model"])
     labels = [row["label"] for row in results.get("variants", ())] or config["variants"]
     facts = dict(
-        model=f"{name} in {config['dtype']}, {config['execution']}",
+        model=f"{name_model(results)} in {config['dtype']}, {config['execution']}",
         variants=", ".join(labels),
         options=shlex.join(str(w) for w in changed if w is not True) or "defaults",
         machine=f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB"
@@ -584,8 +589,8 @@ if __name__ == "__main__":
     OPTIONS = parse_options(WORDS)
     DEVICE, reason = choose_device(OPTIONS)
     MACHINE, VERSIONS = describe_machine(DEVICE), list_versions()
-    RUN = describe_run(OPTIONS, MACHINE, VERSIONS, WORDS)
-    print(render_card(RUN) + f"\ndevice       {DEVICE}: {reason}", flush=True)
+    print(render_card(describe_run(OPTIONS, MACHINE, VERSIONS, WORDS)))
+    print(f"device       {DEVICE}: {reason}", flush=True)
     MODEL, TOKENIZER, CONTEXT = open_model(OPTIONS)
     EVAL_IDS = load_evaluation(OPTIONS, TOKENIZER, CONTEXT)
     calibrated = any(VARIANTS[label].calibrated for label in OPTIONS.variants)
@@ -973,14 +978,16 @@ multiply_fp8.register_fake(lambda x, weight, small, dtype: (
 
 
 def multiply_8_bits(linear, x: Tensor, x_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x [n, in] times an 8-bit weight by PyTorch's operators, scaled: [n, out]."""
-    scale = x_scale.float() * linear.scale.float().t()
+    """x [n, in] times an 8-bit weight by PyTorch's operators, scaled, plus bias."""
     if linear.kind == "fp8":
         y = multiply_fp8(x, linear.weight.view(x.dtype), linear.small, dtype)
-        return y.float() / linear.small**2 * scale
-    padding = 32 - len(x) if len(x) <= 16 else 0  # _int_mm wants more than 16 rows.
-    y = torch._int_mm(F.pad(x, (0, 0, 0, padding)), linear.weight.t())
-    return y[: len(x)].float() * scale
+        y = y.float() / linear.small**2
+    else:
+        padding = 32 - len(x) if len(x) <= 16 else 0  # _int_mm wants more than 16 rows.
+        y = torch._int_mm(F.pad(x, (0, 0, 0, padding)), linear.weight.t())
+        y = y[: len(x)].float()
+    y = y * (x_scale.float() * linear.scale.float().t())
+    return (y if linear.bias is None else y + linear.bias.float()).to(dtype)
 
 
 # %%
@@ -1027,10 +1034,9 @@ class PackedLinear(torch.nn.Module):
         x = x.reshape(-1, shape[-1])
         way = self.route(len(x))
         alone = way.endswith("registers")
-        if alone and kind in ("int8", "fp8") and shape[-1] > 4096:
-            x, scale = round_row(kind, x)
-        elif kind in ("int8", "fp8"):
-            x, scale = quantize(kind, x, self.native and not alone)
+        if kind in ("int8", "fp8"):
+            x, scale = round_row(kind, x) if alone and shape[-1] > 4096 else quantize(
+                kind, x, self.native and not alone)
         if kind == "plain" and not alone:
             y = F.linear(x, self.weight, self.bias)
         elif way.startswith("dequantized"):
@@ -1041,7 +1047,6 @@ class PackedLinear(torch.nn.Module):
             y = multiply(kind, x, self.weight, self.scale, scale, self.bias, dtype)
         else:
             y = multiply_8_bits(self, x, scale, dtype)
-            y = (y if self.bias is None else y + self.bias.float()).to(dtype)
         return y.view(*shape[:-1], -1)
 
 
@@ -1685,6 +1690,7 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
             and row["status"] == "ok" and row["fingerprint"] == measured
             and read_checkpoint(checkpoints / label, made)}
     wanted, reference = lab.options.variants, None
+    head = describe_run(lab.options, lab.machine, lab.versions, words)
     if not rows.keys() >= set(wanted):
         start = time.perf_counter()
         with chatter_to(log):
@@ -1702,7 +1708,7 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
         for row in rows.values():
             size = row["weight_bytes"]
             row["size_ratio"] = size / base if size and base else None
-        results = describe_run(lab.options, lab.machine, lab.versions, words) | dict(
+        results = head | dict(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             variants=[rows[label] for label in VARIANTS if label in rows])
         write_json(lab.output / "results.json", results)
@@ -1854,8 +1860,7 @@ def render_completions(rows: list[dict], number: int) -> str:
 
 def render_tables(results: dict, rows: list[dict]) -> str:
     """The tables of some rows, each below how its figures were measured."""
-    config, fill = results["config"], partial(textwrap.fill, width=110)
-    tables = list_tables(config)
+    config, tables = results["config"], list_tables(results["config"])
     done = next((row for row in rows if row["status"] == "ok"), ROW | dict(
         tokens_scored=0, kld=dict(tokens=0), prompt_tokens=0))
     captions = (
@@ -1873,8 +1878,8 @@ def render_tables(results: dict, rows: list[dict]) -> str:
         *["tokens/s and bandwidth of several sequences at once."] * (len(tables) - 3),
         "Cost: weights in memory after running, peak memory in a prefill or a step.")
     return "\n\n".join(
-        f"{fill(plain(caption), break_on_hyphens=False)}\n\n{render_table(rows, table)}"
-        for caption, table in zip(captions, tables))
+        textwrap.fill(plain(caption), 110, break_on_hyphens=False) + "\n\n"
+        + render_table(rows, table) for caption, table in zip(captions, tables))
 
 
 # %%
@@ -2019,10 +2024,8 @@ def draw_summary(results: dict):
         "weights": lambda row: row["weights_memory_bytes"],
         "peak": lambda row: row["peak_memory_bytes"]})
     right.set_yticklabels([])
-    name = results.get("model_name", Path(results["config"]["model"]).name)
-    figure.suptitle("\n".join(
-        [plain(f"{name[-60:]} on {results['machine']['name']}"), *list_best(rows)]),
-        parse_math=False)
+    title = f"{name_model(results)[-60:]} on {plain(results['machine']['name'])}"
+    figure.suptitle("\n".join([title, *list_best(rows)]), parse_math=False)
     return figure
 
 
@@ -2050,8 +2053,7 @@ def describe_checkpoint(row: dict, results: dict) -> tuple[dict, str]:
 # %%
 def render_model_card(row: dict, results: dict) -> str:
     """README.md of a checkpoint's folder, in the format of the hub's model cards."""
-    label, name = row["label"], plain(
-        results.get("model_name", Path(results["config"]["model"]).name))
+    label, name = row["label"], name_model(results)
     rows = [one for one in results["variants"] if one["label"] in (BASELINE, label)]
     head, made = describe_checkpoint(row, results)
     lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items())
