@@ -769,6 +769,9 @@ equal the emulated ones bit for bit. `runs_as` names what ran.
 
 
 # %%
+CODES = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
+
+
 def read_e4m3(code: Tensor) -> Tensor:
     """float16 values of finite FP8 E4M3 codes held as int8: moves the bit fields."""
     return ((code.to(torch.int16) << 7) & ~(1 << 14)).view(torch.float16) * 2**8
@@ -821,11 +824,12 @@ if triton:
                    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         row = tl.minimum(row, rows - 1)  # The last ones may be done twice.
+        line, column = weight + row[:, None] * width, tl.arange(0, BLOCK)[None, :]
         total = tl.zeros([ROWS, BLOCK], tl.int32 if KIND == "int8" else tl.float32)
-        for begin in range(0, width, BLOCK):
-            at = begin + tl.arange(0, BLOCK)[None, :]
+        for begin in tl.range(0, width, BLOCK, num_stages=3 if KIND == "fp8" else 1):
+            at = begin + column
             inside = at < width
-            w = tl.load(weight + row[:, None] * width + at, mask=inside, other=0)
+            w = tl.load(line + at, mask=inside, other=0)
             if KIND == "int4":
                 high, part = w >> 24, tl.zeros([ROWS, BLOCK], tl.float32)
                 eights = tl.zeros([1, BLOCK], tl.float32)
@@ -879,14 +883,9 @@ if triton:
         unit = tl.where(unit == 0, 1.0, unit.to(tl.float32))
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         value = tl.load(x + at, mask=at < width, other=0).to(tl.float32) / unit
-        value, step = value.to(x.dtype.element_ty).to(tl.float32), 1.5 * 2**23
-        if KIND == "int8":
-            value = tl.clamp(value, -128.0, 127.0)
-        else:  # As in `round_e4m3`.
-            value = tl.clamp(value, -448.0, 448.0)
-            power = value.to(tl.int32, bitcast=True) & 0x7F800000
-            step = 1.5 * 2**20 * tl.maximum(power.to(tl.float32, bitcast=True), 2**-6)
-        value = (value + step) - step  # Such a sum has no room for a fraction.
+        value = value.to(x.dtype.element_ty).to(tl.float32)
+        if KIND == "int8":  # Such a sum has no room for a fraction.
+            value = (tl.clamp(value, -128.0, 127.0) + 1.5 * 2**23) - 1.5 * 2**23
         tl.store(y + at, value.to(y.dtype.element_ty), mask=at < width)
 
     @triton.jit
@@ -949,8 +948,8 @@ def multiply(kind: str, x: Tensor, weight: Tensor, scale: Tensor | None,
 
 @torch.library.custom_op("quant_lab::round_row", mutates_args=())
 def round_row(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A wide row [1, in] as `quantize` rounds it (FP8 in x's dtype), in one kernel."""
-    y = x.new_empty(x.shape, dtype=torch.int8 if kind == "int8" else x.dtype)
+    """A wide row [1, in] as `quantize` rounds it, in one kernel."""
+    y = x.new_empty(x.shape, dtype=CODES[kind])
     scale = x.new_empty(1, 1)
     round_kernel[(triton.cdiv(x.shape[1], 256),)](
         x, y, scale, x.shape[1], kind, 256, num_warps=8)
@@ -971,8 +970,8 @@ def multiply_fp8(x: Tensor, weight: Tensor, small: Tensor,
 
 multiply.register_fake(lambda kind, x, weight, scale, x_scale, bias, dtype: (
     x.new_empty(len(x), len(weight), dtype=dtype)))
-round_row.register_fake(lambda kind, x: (x.new_empty(
-    x.shape, dtype=torch.int8 if kind == "int8" else x.dtype), x.new_empty(1, 1)))
+round_row.register_fake(lambda kind, x: (
+    x.new_empty(x.shape, dtype=CODES[kind]), x.new_empty(1, 1)))
 multiply_fp8.register_fake(lambda x, weight, small, dtype: (
     x.new_empty(len(x), len(weight), dtype=dtype)))
 
@@ -1034,9 +1033,10 @@ class PackedLinear(torch.nn.Module):
         x = x.reshape(-1, shape[-1])
         way = self.route(len(x))
         alone = way.endswith("registers")
-        if kind in ("int8", "fp8"):
-            x, scale = round_row(kind, x) if alone and shape[-1] > 4096 else quantize(
-                kind, x, self.native and not alone)
+        if kind in CODES:
+            wide = shape[-1] > 4096 and (self.native or kind == "int8")
+            x, scale = round_row(kind, x) if alone and wide else quantize(
+                kind, x, self.native)
         if kind == "plain" and not alone:
             y = F.linear(x, self.weight, self.bias)
         elif way.startswith("dequantized"):

@@ -40,7 +40,8 @@ def random_linear(kind: str, rows: int, width: int, bias, device, sm,
         weight = torch.randint(-2**31, 2**31, (rows, width // 8), dtype=torch.int32,
                                device=device)
     else:  # Of FP8 the codes up to 240, positive and negative.
-        weight = torch.randint(-120, 120, (rows, width), dtype=torch.int8, device=device)
+        weight = torch.randint(-119, 120, (rows, width), dtype=torch.int8, device=device)
+        weight -= 9 * (weight < 0) if kind == "fp8" else 0
     return quant_lab.PackedLinear(kind, weight, scale, bias, sm)
 
 

@@ -68,10 +68,10 @@ def test_what_the_readme_says_of_7b_is_what_was_printed():
 
 
 def test_what_the_readme_says_in_prose_of_the_h100():
-    base, fp8 = read("h100-0.5b")["variants"]
+    base, _, int4, int8 = read("h100-0.5b")["variants"]
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    held = [f"{row['weights_memory_bytes'] / 1e6:.0f}" for row in (fp8, base)]
-    assert "{} MB instead of {}".format(*held) in readme
+    held = [f"{row['weights_memory_bytes'] / 1e6:.0f}" for row in (int4, int8, base)]
+    assert "{} MB in W4A16 and {} MB in 8 bits instead of {}".format(*held) in readme
     one = base["decode"][0]
     copying = 1000 * one["step_bytes"] / base["copy_bandwidth"]
     assert f"{copying:.2f} of the {one['itl_ms']['median']:.2f} ms" in readme
