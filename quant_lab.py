@@ -45,6 +45,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -61,11 +62,25 @@ from itertools import islice, product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
+
+def interrupted(*_):
+    """On Ctrl-C, end with exit code 130 and a line on how to go on."""
+    print("\ninterrupted; run again to go on, what is finished is kept",
+          file=sys.__stdout__, flush=True)
+    raise SystemExit(130)
+
+
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    signal.signal(signal.SIGINT, interrupted)
+elif __name__ == "__mp_main__":  # A process of `run_apart`, which its parent ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+# %%
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 try:
     import triton
@@ -170,6 +185,7 @@ class Options:
     dtype: str = option("float16", "bfloat16 or float32 if float16 overflows", *SHORT)
     device: str = option("auto", "cpu runs anywhere", "auto", "cuda", "cpu")
     seed: int = option(42, "to see what the choice of chats changes", 0, 2**32 - 1)
+    plain_text: bool = option(False, "no chat template, for a base model")
     demo: bool = option(False, "a tiny model and Python's own help: no GPU, no network")
     fresh: bool = option(False, "forget finished work in the output folder")
 
@@ -317,6 +333,12 @@ def plain(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def quote(text: str) -> str:
+    """Foreign text in Markdown: code, where it holds anything that means something."""
+    text = plain(text).replace("`", "'")
+    return f"`{text}`" if re.search(r"[^\w\s.,:;()/'-]|://", text) else text
+
+
 # %%
 def find_folder(name: str) -> Path | None:
     """The folder of this name, here or beside the script; None for a name on a hub."""
@@ -369,6 +391,18 @@ def render_card(results: dict) -> str:
         break_on_hyphens=False) for name, fact in facts.items())
 
 
+def lock_folder(folder: Path) -> None:
+    """Keep other runs out until this process ends; OSError if one is there."""
+    try:
+        import fcntl
+        fcntl.lockf(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT),
+                    fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise OSError("another run is writing there") from None
+    except (ImportError, OSError):
+        pass  # Windows, or a file system without locks.
+
+
 def prepare_output(options: Options, machine: dict) -> Path:
     """Make the output folder; one that cannot be written exits with 2."""
     device = "cpu" if machine["device"] == "cpu" else machine["name"]
@@ -378,6 +412,7 @@ def prepare_output(options: Options, machine: dict) -> Path:
         output = Path(output).expanduser()
         (output / "checkpoints").mkdir(parents=True, exist_ok=True)
         (output / "log.txt").touch()
+        lock_folder(output)
     print(f"output       {output}; what the libraries say goes to log.txt there")
     return output
 
@@ -403,6 +438,20 @@ def read_json(file: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def hash_files(files) -> dict[str, str]:
+    """SHA-256 of each of the paths that is a file."""
+    return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
+            for file in files if file.is_file()}
+
+
+def write_json(file: Path, content: dict) -> None:
+    """Write strict JSON in one step: a reader sees the old file or the new one."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    file.with_suffix(".partial").write_text(text + "\n", encoding="utf-8")
+    file.with_suffix(".partial").replace(file)
+
+
+# %%
 def open_model(options: Options) -> tuple[Path, object, int]:
     """Folder (fetched if need be), tokenizer and context length of a chat model."""
     from huggingface_hub import snapshot_download
@@ -413,8 +462,18 @@ def open_model(options: Options) -> tuple[Path, object, int]:
     with usable("--model", name, "give a folder or a hub id (needs network, access)"):
         if folder is None and name.startswith((".", "/", "~")):
             raise FileNotFoundError("no such folder")
-        folder = folder or Path(snapshot_download(
-            name, allow_patterns=kinds, ignore_patterns=["*/*", "consolidated*"]))
+        fetch = partial(snapshot_download, name, allow_patterns=kinds,
+                        ignore_patterns=["*/*", "consolidated*"])
+        if folder is None:
+            folder = Path(fetch())
+            # In the hub's cache a large file goes by the name of its hash.
+            spoilt = [blob for blob in map(Path.resolve, folder.iterdir())
+                      if re.fullmatch("[0-9a-f]{64}", blob.name)
+                      and hash_files([blob]) != {blob.name: blob.name}]
+            for blob in spoilt:
+                print(f"cut off or altered in the cache, fetched again: {blob}")
+                blob.unlink()
+            folder = Path(fetch()) if spoilt else folder
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -426,8 +485,14 @@ def open_model(options: Options) -> tuple[Path, object, int]:
             raise FileNotFoundError("its tokenizer is empty, are files missing?")
         if getattr(config, "quantization_config", None):
             raise ValueError("is quantized already, give the model it was made from")
+        if options.plain_text:
+            begin = tokenizer("word").input_ids[0] == tokenizer.bos_token_id
+            tokenizer.chat_template = "{{ bos_token }}" * begin + (
+                "{% for turn in messages %}{{ turn['content'] }}"
+                "{% if not loop.last %}\n\n{% endif %}{% endfor %}")
         if not tokenizer.chat_template:
-            raise ValueError("has no chat template, give an instruct model or add one")
+            raise ValueError("has no chat template, give an instruct model, or "
+                             "--plain-text to take prompts and chats without one")
         prompt = max(tokenize_prompt(tokenizer, p).input_ids.shape[1] for p in PROMPTS)
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or 2**31
@@ -448,7 +513,8 @@ def tokenize_prompt(tokenizer, prompt: str) -> dict[str, Tensor]:
 def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -> list:
     """A column of a hub data set in Parquet: the first `rows` of a split, or all."""
     # Streaming by load_dataset reads more, and can abort on exit (datasets#7566).
-    from datasets import Dataset, disable_progress_bars, load_dataset_builder
+    from datasets import Dataset, config as settings
+    from datasets import disable_progress_bars, load_dataset_builder
     from huggingface_hub import HfFileSystem
     from pyarrow.parquet import ParquetFile
 
@@ -460,10 +526,18 @@ def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -
 
     disable_progress_bars()
     name = f"quant_lab-{dataset}-{config}-{split}-{column}-{rows}".replace("/", "-")
-    kept = Dataset.from_generator(lambda: islice(read(), rows), fingerprint=name)
+    place = Path(settings.HF_DATASETS_CACHE) / name
+    if place.exists() and read_json(place / "sha256.json") != hash_files(
+            place.rglob("*.arrow")):
+        print(f"cut off or altered, fetched again: {place}")
+        shutil.rmtree(place)
+    kept = Dataset.from_generator(
+        lambda: islice(read(), rows), fingerprint=name, cache_dir=str(place))
+    write_json(place / "sha256.json", hash_files(place.rglob("*.arrow")))
     return list(kept[column])
 
 
+# %%
 def read_chats(file: Path) -> list[list[dict]]:
     """Conversations of a .jsonl; ValueError names the first line that is not one."""
     chats, known = [], {"system", "user", "assistant", "tool"}
@@ -473,7 +547,7 @@ def read_chats(file: Path) -> list[list[dict]]:
         try:
             turns = json.loads(line)["messages"]
             roles = {isinstance(t["content"], str) and t["role"] for t in turns}
-            if not roles or roles - known:
+            if roles - known or not any(t["content"].strip() for t in turns):
                 raise ValueError
         except (ValueError, TypeError, KeyError):
             raise ValueError(f'line {number} is not {{"messages": [{{"role": "user", '
@@ -620,25 +694,18 @@ def fingerprint(*parts) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hash_files(files) -> dict[str, str]:
-    """SHA-256 of each of the paths that is a file."""
-    return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
-            for file in files if file.is_file()}
-
-
-def write_json(file: Path, content: dict) -> None:
-    """Write strict JSON in one step: a reader sees the old file or the new one."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    file.with_suffix(".partial").write_text(text + "\n", encoding="utf-8")
-    file.with_suffix(".partial").replace(file)
-
-
 def read_checkpoint(folder: Path, key: str) -> dict | None:
-    """What is known of a checkpoint, or None unless it is whole and has this key."""
+    """What is known of a checkpoint; None unless it has this key and is as written."""
     note = read_json(folder / "quant_lab.json")
-    whole = (note.pop("fingerprint", None) == key
-             and note.get("weight_bytes") == weight_bytes(folder))
-    return note | dict(checkpoint=f"checkpoints/{folder.name}") if whole else None
+    if note.pop("fingerprint", None) != key:
+        return None
+    files = note.pop("files", None) or {}
+    if note.get("weight_bytes") != weight_bytes(folder) or files != hash_files(
+            folder / name for name in files):
+        print(f"{folder.name}: its checkpoint was cut off or altered and is made again",
+              file=sys.__stdout__, flush=True)
+        return None
+    return note | dict(checkpoint=f"checkpoints/{folder.name}")
 
 
 @contextlib.contextmanager
@@ -657,6 +724,33 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def lacks_memory(error: BaseException | None) -> bool:
+    """Whether an allocator's refusal, of the GPU or of the host, is behind it."""
+    refusal = re.compile("out of memory|can't allocate memory|ALLOC_FAILED", re.I)
+    return error is not None and (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or bool(refusal.search(str(error)))
+        or lacks_memory(error.__cause__ or error.__context__))
+
+
+def fit(step: str, advice: str, *forms: Callable):
+    """What the first form returns that fits into memory; each is smaller than before.
+
+    MemoryError says which step did not fit, and what to change.
+    """
+    for form in forms:
+        try:
+            return form()
+        except Exception as error:
+            if not lacks_memory(error):
+                raise
+            traceback.print_exc()  # Goes to the log.
+            said = describe(error)
+        free_memory()  # Not before: the exception held what is to be freed.
+    tried = " in its smaller form either" if len(forms) > 1 else ""
+    raise MemoryError(f"{step} did not fit into memory{tried}: {advice} ({said})")
+
+
 def show_progress(what: str, items) -> tqdm:
     """A bar on a terminal if the items take over 10 s; nothing if output is a file."""
     out = sys.__stdout__  # Not the log.
@@ -671,7 +765,7 @@ def load_model(folder: Path, options: Options):
     free_memory()
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=getattr(torch, options.dtype), attn_implementation="sdpa",
-        output_loading_info=True, trust_remote_code=False)
+        output_loading_info=True, trust_remote_code=False, use_safetensors=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} weights, as {missing[0]}")
     return model.eval()
@@ -684,7 +778,9 @@ def build_recipe(label: str, options: Options) -> list:
     return VARIANTS[label].recipe(SimpleNamespace(**modifiers), options)
 
 
-def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int:
+# %%
+def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab,
+                 **smaller) -> int:
     """Run `oneshot` on the model in place; returns how many modules fell back."""
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -712,7 +808,14 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
         num_calibration_samples=len(samples), shuffle_calibration_samples=False,
         max_seq_length=max(map(len, samples))) if samples else {}
     try:
-        oneshot(model=model, recipe=recipe, processor=lab.tokenizer, **chats)
+        oneshot(model=model, recipe=recipe, processor=lab.tokenizer, **chats, **smaller)
+    except ValueError as error:
+        wide = re.search(r"(\S+) \(columns=(\d+), group_size=(\d+)", str(error))
+        if not wide:
+            raise
+        traceback.print_exc()  # Goes to the log.
+        raise ValueError("{} is {} wide, no multiple of the {} weights that share a "
+                         "scale: take FP8 or W8A8".format(*wide.groups())) from None
     finally:
         logger.remove()
         bar.close()
@@ -722,17 +825,18 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab) -> int
 
 
 # %%
-def quantize_variant(label: str, key: str, lab: Lab) -> None:
-    """Write `checkpoints/<label>` and, in its quant_lab.json, its part of the row."""
+def make_checkpoint(label: str, lab: Lab, beside: Path, **smaller) -> dict:
+    """Write a variant into the folder; seconds of the recipe, modules fallen back."""
     from llmcompressor import reset_session
-    folder = lab.output / "checkpoints" / label
     torch.manual_seed(lab.options.seed)
     model, recipe = load_model(lab.model, lab.options), build_recipe(label, lab.options)
     samples = lab.samples if VARIANTS[label].calibrated else []
-    start, beside = time.perf_counter(), folder.with_suffix(".partial")
+    start = time.perf_counter()
     try:
-        fallbacks = apply_recipe(model, recipe, samples, lab) if recipe else 0
-        seconds = time.perf_counter() - start if recipe else 0.0
+        fallbacks, seconds = 0, 0.0
+        if recipe:
+            fallbacks = apply_recipe(model, recipe, samples, lab, **smaller)
+            seconds = time.perf_counter() - start
         try:
             model.generation_config.validate(strict=True)
         except ValueError:  # Older models set a temperature without asking to sample.
@@ -742,11 +846,26 @@ def quantize_variant(label: str, key: str, lab: Lab) -> None:
     finally:
         reset_session()  # Not before: saving adds recipe.yaml from the session.
     lab.tokenizer.save_pretrained(beside)
+    if lab.options.plain_text:  # Not the model's own.
+        (beside / "chat_template.jinja").unlink(missing_ok=True)
+    return dict(quantize_seconds=seconds, rtn_fallbacks=fallbacks,
+                retried=bool(smaller))
+
+
+def quantize_variant(label: str, key: str, lab: Lab) -> dict:
+    """Write `checkpoints/<label>` and, in its quant_lab.json, its part of the row."""
+    folder = lab.output / "checkpoints" / label
+    beside = folder.with_suffix(".partial")
+    forms = [partial(make_checkpoint, label, lab, beside)]
+    if VARIANTS[label].calibrated:  # Linear by Linear instead of layer by layer.
+        forms.append(partial(*forms, sequential_targets=["Linear"]))
+    note = fit("quantizing", "less --calibration-length or a smaller --model", *forms)
     write_json(beside / "quant_lab.json", dict(
-        fingerprint=key, quantize_seconds=seconds, rtn_fallbacks=fallbacks,
-        weight_bytes=weight_bytes(beside)))
+        fingerprint=key, **note, weight_bytes=weight_bytes(beside),
+        files=hash_files(beside.iterdir())))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
+    return read_checkpoint(folder, key)
 
 # %% [markdown]
 """
@@ -1128,7 +1247,7 @@ LOGITS_FILE_BYTES, BLOCKS = 5e9, 30
 
 
 @torch.no_grad()
-def score_text(model, ids: Tensor, options: Options, visit) -> Tensor:
+def score_text(model, ids: Tensor, options: Options, visit, rows=128) -> Tensor:
     """Negative log-likelihoods [windows, window - 1] in nats of the token ids [n].
 
     Calls `visit(window's number, logits [k, vocabulary])` with those to be compared.
@@ -1143,9 +1262,9 @@ def score_text(model, ids: Tensor, options: Options, visit) -> Tensor:
             fit = int(LOGITS_FILE_BYTES // logits[0].nbytes)
             count = min(options.kld_tokens, fit, losses.numel())
             compared.view(-1)[torch.arange(count) * losses.numel() // count] = True
-        # In slices, since 2,048 x 151,936 logits take 1.2 GB in float32.
+        # `rows` at once, since 2,048 x 151,936 logits take 1.2 GB in float32.
         whole = logits, row[1:], losses[number], compared[number]
-        for part, targets, loss, chosen in zip(*(x.split(128) for x in whole)):
+        for part, targets, loss, chosen in zip(*(x.split(rows) for x in whole)):
             if not part.isfinite().all():
                 raise FloatingPointError("logits are not finite, in float16 mostly by "
                                          "overflow: try --dtype bfloat16 or float32")
@@ -1160,8 +1279,8 @@ def complete_prompts(model, lab: Lab) -> list[list[int]]:
     completions = []
     for prompt in PROMPTS:
         inputs = tokenize_prompt(lab.tokenizer, prompt).to(lab.device)
-        tokens = model.generate(
-            **inputs, do_sample=False, max_new_tokens=lab.options.new_tokens)
+        tokens = fit("completing prompts", "less --new-tokens", lambda: model.generate(
+            **inputs, do_sample=False, max_new_tokens=lab.options.new_tokens))
         completions.append(tokens[0, inputs["input_ids"].shape[1]:].tolist())
     return completions
 
@@ -1171,7 +1290,8 @@ def place_model(folder: Path, lab: Lab):
     """A causal LM on the lab's device, its defaults for sampling put aside."""
     from transformers import GenerationConfig
 
-    model = load_model(folder, lab.options).to(lab.device)
+    model = fit(f"loading {folder.name}", "a smaller --model or --device cpu",
+                lambda: load_model(folder, lab.options).to(lab.device))
     if lab.options.execution == "packed":
         cuda = lab.device.type == "cuda"
         pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
@@ -1182,15 +1302,23 @@ def place_model(folder: Path, lab: Lab):
     return model
 
 
+def fit_scoring(score: Callable):
+    """What `score` returns, called with the rows of logits taken at once."""
+    return fit("scoring", "less --window", partial(score, 128), partial(score, 16))
+
+
 def measure_reference(lab: Lab) -> SimpleNamespace | Exception:
     """Losses, compared logits (a file), completions; or why they cannot be had."""
     try:
         model, file = place_model(lab.model, lab), tempfile.TemporaryFile()
-        losses = score_text(
-            model, lab.eval_ids, lab.options, lambda number, logits: file.write(
-                logits.cpu().view(torch.uint8).numpy().data))
-        return SimpleNamespace(
-            losses=losses, logits=file, completions=complete_prompts(model, lab))
+
+        def score(rows):
+            file.seek(0)
+            return score_text(model, lab.eval_ids, lab.options, lambda _, logits: (
+                file.write(logits.cpu().view(torch.uint8).numpy().data)), rows)
+
+        return SimpleNamespace(losses=fit_scoring(score), logits=file,
+                               completions=complete_prompts(model, lab))
     except Exception as error:
         traceback.print_exc()  # Goes to the log.
         return RuntimeError(f"the unquantized model: {describe(error)}")
@@ -1227,8 +1355,12 @@ def measure_quality(model, lab: Lab, reference: SimpleNamespace) -> dict:
         kld, same = (p.exp() * (p - q)).sum(-1), known.argmax(-1) == logits.argmax(-1)
         compared.append(torch.stack([torch.full_like(kld, number), kld, same]).cpu())
 
-    reference.logits.seek(0)
-    losses = score_text(model, lab.eval_ids, lab.options, compare)
+    def score(rows):
+        reference.logits.seek(0)
+        compared.clear()
+        return score_text(model, lab.eval_ids, lab.options, compare, rows)
+
+    losses = fit_scoring(score)
     windows = torch.arange(len(losses)).repeat_interleave(losses.shape[1])
     perplexity, ratio = (estimate(x.flatten(), windows, math.exp)
                          for x in (losses, losses - reference.losses))
@@ -1490,9 +1622,12 @@ def measure_speed(model, prompt: Tensor, options: Options, compiled: bool,
             decoder = None  # Lets go of the one before, unless it is the first.
             decoder = Decoder(model, prompt, steps + 1, compiled, first, batch)
             runs = [decoder.run(steps) for _ in range(1 + options.repeats)][1:]
-        except torch.OutOfMemoryError:
-            if first is None:
+        except Exception as error:
+            if not lacks_memory(error):
                 raise
+            if first is None:
+                raise MemoryError("decoding one sequence did not fit into memory: less "
+                                  f"--new-tokens ({describe(error)})") from None
             decode.append(dict.fromkeys(decode[0]) | dict(batch=batch, error="OOM"))
             continue
         itl, seconds = [late / steps for _, late in runs], seconds + decoder.seconds
@@ -1557,9 +1692,8 @@ def time_variant(label: str, prompt: list[int], bandwidth: float, lab: Lab,
 
 
 def answer(function: Callable[[], dict], pipe) -> None:
-    """Send what the function returns; of an interrupt, its sender tells."""
-    with contextlib.suppress(KeyboardInterrupt):
-        pipe.send(function())
+    """Send what the function returns."""
+    pipe.send(function())
 
 
 def run_apart(function: Callable[[], dict]) -> dict:
@@ -1603,7 +1737,7 @@ def benchmark_variant(label: str, lab: Lab, reference: SimpleNamespace,
     speed = run_apart(partial(measure, True)) if compiled else measure(False)
     if failed := speed.get("failed"):
         speed = measure(False)
-        speed["runs_as"] += f", it failed: {failed}"
+        speed["runs_as"] += f", it failed: {quote(failed)}"
     say(f"timed in {time.perf_counter() - start:11,.0f} s · "
         f"{show(speed['decode_tok_s'], 1)} tokens/s · TTFT "
         f"{show(speed['ttft_s']['median'], 1, 1000)} ms")
@@ -1624,7 +1758,7 @@ texts, versions and machine are the same.
 # %%
 ROW = dict.fromkeys((
     "label", "status", "error", "scheme", "checkpoint", "weight_bytes", "size_ratio",
-    "quantize_seconds", "rtn_fallbacks", "perplexity", "perplexity_interval",
+    "quantize_seconds", "rtn_fallbacks", "retried", "perplexity", "perplexity_interval",
     "perplexity_ratio", "tokens_scored", "window_losses", "kld", "top1_agreement",
     "divergence", "load_seconds", "compile_seconds", "weights_memory_bytes",
     "peak_memory_bytes", "ttft_s", "latency_s", "decode_tok_s", "decode",
@@ -1658,9 +1792,8 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference, say) -> 
         try:
             if isinstance(reference, Exception):
                 raise reference
-            if not read_checkpoint(folder, keys[0]):
-                quantize_variant(label, keys[0], lab)
-            row |= read_checkpoint(folder, keys[0])
+            row |= read_checkpoint(folder, keys[0]) or quantize_variant(
+                label, keys[0], lab)
             say(f"quantized in {row['quantize_seconds']:7,.0f} s · "
                 f"{row['weight_bytes'] / 1e6:,.1f} MB")
             row |= benchmark_variant(label, lab, reference, say) | dict(status="ok")
@@ -1670,6 +1803,46 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference, say) -> 
             traceback.print_exc()
             shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
     return row
+
+
+# %%
+def take_over(lab: Lab, keys: dict, head: dict) -> dict[str, dict]:
+    """Finished rows of results.json by label, if they may stand beside new ones."""
+    file = lab.output / "results.json"
+    before, rows = read_json(file), {}
+    known = before.get("variants")
+    if file.exists() and (not isinstance(known, list)
+                          or before.get("checksum") != fingerprint(known)):
+        print("results.json: cut off, altered or of another version: not used")
+        known = None
+    done = [row for row in known or () if row["status"] == "ok"]
+    for row in done:
+        made, measured = keys.get(row["label"], ("", ""))
+        if row.keys() == ROW.keys() and row["fingerprint"] == measured and (
+                read_checkpoint(lab.output / row["checkpoint"], made)):
+            rows[row["label"]] = row
+    if other := [row["label"] for row in done if row["fingerprint"] != keys.get(
+            row["label"], ("", ""))[1]]:
+        changed = [f"{name} {before[part].get(name)} → {value}"
+                   for part in ("config", "machine", "versions")
+                   for name, value in json.loads(json.dumps(head[part])).items()
+                   if before[part].get(name) != value
+                   and name not in ("variants", "output_dir", "fresh", "memory_bytes")]
+        reason = ", ".join(changed) or "model files, texts or the protocol"
+        print(textwrap.fill(plain(f"measured before, not kept: {', '.join(other)}; "
+                                  f"changed since: {reason}"), 116))
+    return rows
+
+
+def check_disk(lab: Lab, labels: list[str]) -> None:
+    """Exit with 2 unless the checkpoints to be made fit, each as large as FP16."""
+    labels = [v for v in labels if not (lab.output / "checkpoints" / v).is_dir()]
+    each = weight_bytes(lab.model) * (2 if lab.options.dtype == "float32" else 1)
+    free = shutil.disk_usage(lab.output).free
+    if len(labels) * each > free:
+        stop(f"--output-dir {lab.output}: {free / 1e9:,.2f} GB are free, {len(labels)} "
+             f"checkpoints may take {len(labels) * each / 1e9:,.2f}; make room, name "
+             "another folder or run fewer --variants")
 
 
 # %%
@@ -1683,14 +1856,10 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
     with chatter_to(log):
         model = hash_files(lab.model.iterdir())
         keys = {label: make_keys(label, lab, model) for label in VARIANTS}
-    before = read_json(lab.output / "results.json").get("variants")
-    rows = {label: row for row in (before if isinstance(before, list) else ())
-            for label, (made, measured) in keys.items()
-            if isinstance(row, dict) and row.keys() == ROW.keys()
-            and row["status"] == "ok" and row["fingerprint"] == measured
-            and read_checkpoint(checkpoints / label, made)}
     wanted, reference = lab.options.variants, None
     head = describe_run(lab.options, lab.machine, lab.versions, words)
+    rows = take_over(lab, keys, head)
+    check_disk(lab, [label for label in wanted if label not in rows])
     if not rows.keys() >= set(wanted):
         start = time.perf_counter()
         with chatter_to(log):
@@ -1710,7 +1879,8 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
             row["size_ratio"] = size / base if size and base else None
         results = head | dict(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            variants=[rows[label] for label in VARIANTS if label in rows])
+            checksum=fingerprint(kept := [rows[v] for v in VARIANTS if v in rows]),
+            variants=kept)
         write_json(lab.output / "results.json", results)
     return results
 
@@ -1795,11 +1965,14 @@ def render_warnings(results: dict) -> list[str]:
     for row in results["variants"]:
         label, base = row["label"], row["label"] == BASELINE
         if row["error"]:
-            said.append(f"{label} failed: {plain(row['error'])}")
+            said.append(f"{label} failed: {quote(row['error'])}")
             continue
         if row["rtn_fallbacks"]:
             said.append(f"Warning: {row['rtn_fallbacks']} modules of {label} fell back "
                         "to round-to-nearest: more --dampening or chats may help.")
+        if row.get("retried"):
+            said.append(f"Note: for want of memory, {label} was quantized Linear by "
+                        "Linear instead of layer by layer.")
         if base and (noise := row["kld"]["mean"]):
             said.append(f"Warning: the baseline differs from itself, KLD {noise:.1e}.")
         value = row["perplexity"] if base else row["perplexity_ratio"]["value"]
@@ -1864,9 +2037,10 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     done = next((row for row in rows if row["status"] == "ok"), ROW | dict(
         tokens_scored=0, kld=dict(tokens=0), prompt_tokens=0))
     captions = (
-        f"Quality on {name_source(config['eval_text'])}: {done['tokens_scored']:,} "
-        f"tokens scored in windows of {config['window']:,}, the first of each not; KLD "
-        f"and top-1 at {done['kld']['tokens']:,} of them. ±: half a 95 % interval. "
+        f"Quality on {quote(name_source(config['eval_text']))}: "
+        f"{done['tokens_scored']:,} tokens scored in windows of {config['window']:,}, "
+        f"the first of each not; KLD and top-1 at {done['kld']['tokens']:,} of them. "
+        "±: half a 95 % interval. "
         "size, ratio: bytes and perplexity over the baseline's. Against the original: "
         "KLD: KL divergence, nats. top-1: same most probable token. tokens: number "
         f"until greedy completions of {len(PROMPTS)} prompts differ, "
@@ -1901,7 +2075,7 @@ def render_body(results: dict, prompts: int) -> str:
 def render_summary(results: dict) -> str:
     """summary.md: card, picture, tables, verdict, all completions, command."""
     return "\n\n".join([
-        f"# quant_lab: {plain(results['config']['model'])}",
+        f"# quant_lab: {quote(results['config']['model'])}",
         textwrap.indent(render_card(results) + f"\nmeasured     {results['created']}",
                         " " * 4),
         "![Size and quality, speed, memory](summary.png)",
@@ -2042,7 +2216,7 @@ def describe_checkpoint(row: dict, results: dict) -> tuple[dict, str]:
     data = "on nothing."
     if VARIANTS[row["label"]].calibrated:
         data = (f"on at most {config['calibration_samples']} chats of "
-                f"{plain(name_source(config['calibration_data']))}, of each at most "
+                f"{quote(name_source(config['calibration_data']))}, of each at most "
                 f"{config['calibration_length']:,} tokens, seed {config['seed']}.")
     head["tags"] = ["compressed-tensors", "llmcompressor", row["scheme"].lower()]
     return head, (f"{row['scheme']} of compressed-tensors, made as recipe.yaml says by "
@@ -2051,11 +2225,19 @@ def describe_checkpoint(row: dict, results: dict) -> tuple[dict, str]:
 
 
 # %%
+PROMPT_CODE = """\
+chat = [{"role": "user", "content": "Hello!"}]
+inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True,
+                                       return_tensors="pt", return_dict=True)"""
+
+
 def render_model_card(row: dict, results: dict) -> str:
     """README.md of a checkpoint's folder, in the format of the hub's model cards."""
-    label, name = row["label"], name_model(results)
+    label, name = row["label"], quote(name_model(results))
     rows = [one for one in results["variants"] if one["label"] in (BASELINE, label)]
     head, made = describe_checkpoint(row, results)
+    prompt = ('inputs = tokenizer("Hello!", return_tensors="pt")'
+              if results["config"].get("plain_text") else PROMPT_CODE)
     lines = "\n".join(f"{name}: {json.dumps(value)}" for name, value in head.items())
     return f"""---
 {lines}
@@ -2080,9 +2262,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # This folder, or where it was uploaded to.
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="auto")
-chat = [{{"role": "user", "content": "Hello!"}}]
-inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True,
-                                       return_tensors="pt", return_dict=True)
+{prompt}
 print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=64)[0]))
 ```
 
@@ -2117,15 +2297,15 @@ def write_report(results: dict, output: Path) -> None:
 if __name__ == "__main__":
     try:
         RESULTS = run_lab(LAB, WORDS)
-    except KeyboardInterrupt:
-        print("\ninterrupted; run again to go on, what is finished is kept")
-        sys.exit(130)
+        write_report(RESULTS, OUTPUT)
+    except OSError as error:
+        stop(f"--output-dir {OUTPUT}: {describe(error)}; what is finished is kept, "
+             "make room or name another folder and run again")
     if "ipykernel" in sys.modules:
         from IPython.display import Image, Markdown, display
         display(Markdown(render_body(RESULTS, len(PROMPTS))))
     else:
         print("\n" + render_body(RESULTS, 1))
-    write_report(RESULTS, OUTPUT)
     if "ipykernel" in sys.modules:
         display(Image(OUTPUT / "summary.png"))
     print("\nwrote results.json, summary.md, summary.png, summary.svg, log.txt and "

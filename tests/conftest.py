@@ -18,10 +18,14 @@ sys.path.insert(0, str(ROOT))
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
+    config.addinivalue_line("markers", "slow: minutes long, run by `-m slow` alone")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     import torch
+
+    if "slow" not in config.option.markexpr:
+        items[:] = [item for item in items if "slow" not in item.keywords]
 
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
@@ -102,3 +106,25 @@ def quick(small, texts, tmp_path):
             "--calibration-data", texts / "chats.jsonl", "--calibration-length", 64,
             "--new-tokens", 4, "--repeats", 2, "--batch-sizes", 1, "--device", "cpu",
             "--output-dir", tmp_path / "out"]
+
+
+@pytest.fixture
+def lab(quick, tmp_path):
+    """Build the lab of the quick run; words are options on top."""
+
+    import torch
+
+    import quant_lab
+
+    def build(*words):
+        options = quant_lab.parse_options([str(word) for word in (*quick, *words)])
+        device = torch.device("cpu")
+        machine = quant_lab.describe_machine(device)
+        output = quant_lab.prepare_output(options, machine)
+        folder, tokenizer, context = quant_lab.open_model(options)
+        return quant_lab.Lab(
+            options, device, machine, quant_lab.list_versions(), output, folder, tokenizer,
+            quant_lab.load_evaluation(options, tokenizer, context),
+            quant_lab.load_calibration(options, tokenizer, context))
+
+    return build

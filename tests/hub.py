@@ -52,6 +52,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(unquote(self.path))
         self.server.asked.append(f"{self.command} {self.path}")
+        if self.server.fail_first and "/resolve/" in self.path and (
+                self.command == "GET" and self.path not in self.server.failed):
+            self.server.failed.add(self.path)
+            return self.answer(b"busy", 503)
         for repo in self.server.repos:
             if url.path.startswith(f"/api/{repo}"):
                 return self.api(repo, url.path.removeprefix(f"/api/{repo}").strip("/"))
@@ -112,9 +116,13 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(repos: dict[str, Path]):
-    """Yield a server with `url`, `sent` (bytes per file) and `asked` (list of calls)."""
+    """Yield a server with `url`, `sent` (bytes per file) and `asked` (list of calls).
+
+    With `fail_first` set, the first request of each file is answered with 503; `failed`.
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repos, server.sent, server.asked = repos, Counter(), []
+    server.fail_first, server.failed = False, set()
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

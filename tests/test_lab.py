@@ -245,24 +245,6 @@ class Died(BaseException):
     """Not an Exception: nothing in the lab may survive it."""
 
 
-@pytest.fixture
-def lab(quick, tmp_path):
-    """Build the lab of the quick run; words are options on top."""
-
-    def build(*words):
-        options = quant_lab.parse_options([str(word) for word in (*quick, *words)])
-        device = torch.device("cpu")
-        machine = quant_lab.describe_machine(device)
-        output = quant_lab.prepare_output(options, machine)
-        folder, tokenizer, context = quant_lab.open_model(options)
-        return quant_lab.Lab(
-            options, device, machine, quant_lab.list_versions(), output, folder, tokenizer,
-            quant_lab.load_evaluation(options, tokenizer, context),
-            quant_lab.load_calibration(options, tokenizer, context))
-
-    return build
-
-
 def count_calls(monkeypatch, name):
     real, calls = getattr(quant_lab, name), []
 
@@ -492,12 +474,13 @@ def test_a_variant_that_overflows_alone_fails_alone(lab, monkeypatch):
     real = quant_lab.quantize_variant
 
     def spoil(label, key, lab):
-        real(label, key, lab)
+        note = real(label, key, lab)
         file = lab.output / "checkpoints" / label / "model.safetensors"
         if label == LABELS[1]:
             tensors = load_file(file)
             tensors["model.norm.weight"][3] = float("nan")
             save_file(tensors, file, metadata={"format": "pt"})
+        return note
 
     monkeypatch.setattr(quant_lab, "quantize_variant", spoil)
     rows = quant_lab.run_lab(lab("--variants", *LABELS[:2]), [])["variants"]
