@@ -786,11 +786,13 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab,
     from llmcompressor import oneshot
     from llmcompressor.pipelines import data_free, sequential
     from loguru import logger
+    from torch.fx import _symbolic_trace
+    traced = _symbolic_trace._wrapped_fns_to_patch
     # Left alone, both take the first accelerator, whatever --device says.
     for module in data_free.pipeline, sequential.pipeline:
         module.get_main_device = lambda: lab.device
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
-    warnings: list[str] = []
+    warnings, known = [], dict(traced)
     layers = getattr(model.config, "num_hidden_layers", 1)
     bar = show_progress("calibrating", range(layers * len(recipe)))  # Each, anew.
 
@@ -809,22 +811,28 @@ def apply_recipe(model, recipe: list, samples: list[list[int]], lab: Lab,
         max_seq_length=max(map(len, samples))) if samples else {}
     try:
         oneshot(model=model, recipe=recipe, processor=lab.tokenizer, **chats, **smaller)
-    except ValueError as error:
-        wide = re.search(r"(\S+) \(columns=(\d+), group_size=(\d+)", str(error))
-        if not wide:
-            raise
-        traceback.print_exc()  # Goes to the log.
-        raise ValueError("{} is {} wide, no multiple of the {} weights that share a "
-                         "scale: take FP8 or W8A8".format(*wide.groups())) from None
     finally:
         logger.remove()
         bar.close()
+        traced.clear()  # Or what was traced would keep the model for ever.
+        traced.update(known)
     if not any(hasattr(module, "quantization_scheme") for module in model.modules()):
         raise ValueError("the recipe found no Linear layer to quantize")
     return sum(map(int, re.findall(r"inversion failed for (\d+)/", "".join(warnings))))
 
 
 # %%
+def check_widths(model, scheme: str) -> None:
+    """ValueError if the weights that share a scale do not divide a Linear's width."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+    group = preset_name_to_scheme(scheme, ["Linear"]).weights.group_size or 1
+    for name, linear in model.named_modules():
+        if (isinstance(linear, torch.nn.Linear) and name not in LINEAR["ignore"]
+                and linear.in_features % group):
+            raise ValueError(f"{name} is {linear.in_features} wide, no multiple of the "
+                             f"{group} weights that share a scale: take FP8 or W8A8")
+
+
 def make_checkpoint(label: str, lab: Lab, beside: Path, **smaller) -> dict:
     """Write a variant into the folder; seconds of the recipe, modules fallen back."""
     from llmcompressor import reset_session
@@ -835,6 +843,7 @@ def make_checkpoint(label: str, lab: Lab, beside: Path, **smaller) -> dict:
     try:
         fallbacks, seconds = 0, 0.0
         if recipe:
+            check_widths(model, VARIANTS[label].scheme)
             fallbacks = apply_recipe(model, recipe, samples, lab, **smaller)
             seconds = time.perf_counter() - start
         try:

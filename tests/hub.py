@@ -19,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version, cut = "HTTP/1.1", False
 
     def answer(self, body: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
@@ -55,7 +55,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.fail_first and "/resolve/" in self.path and (
                 self.command == "GET" and self.path not in self.server.failed):
             self.server.failed.add(self.path)
-            return self.answer(b"busy", 503)
+            if not self.path.endswith(".safetensors"):
+                return self.answer(b"busy", 429)
+            self.cut = True
         for repo in self.server.repos:
             if url.path.startswith(f"/api/{repo}"):
                 return self.api(repo, url.path.removeprefix(f"/api/{repo}").strip("/"))
@@ -108,6 +110,15 @@ class Handler(BaseHTTPRequestHandler):
             content, status = content[begin : end + 1], 206
         if self.command == "GET":
             self.server.sent[f"{repo}/{path}"] += len(content)
+        if self.cut:  # Half of it, and the line goes dead.
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.close_connection = True
+            return
         self.answer(content, status, **headers)
 
     def log_message(self, *unused) -> None:
@@ -118,7 +129,8 @@ class Handler(BaseHTTPRequestHandler):
 def serve(repos: dict[str, Path]):
     """Yield a server with `url`, `sent` (bytes per file) and `asked` (list of calls).
 
-    With `fail_first` set, the first request of each file is answered with 503; `failed`.
+    With `fail_first` set, the first request of a file, of those in `failed`, is answered
+    with 429, of weights with their first half.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repos, server.sent, server.asked = repos, Counter(), []

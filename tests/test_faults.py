@@ -206,7 +206,7 @@ def test_short_of_memory_once_a_smaller_form_does_the_same(lab, monkeypatch, err
     assert row["retried"] is True and "for want of memory" in " ".join(
         quant_lab.render_warnings(results))
     assert [call[4] for call in calls] == [128, 16, 128], "the reference, again, the variant"
-    assert row["perplexity"] == pytest.approx(wanted["perplexity"], rel=0.02)
+    assert row["kld"]["mean"] < 2 * wanted["kld"]["mean"]
     monkeypatch.undo()
     refuse(monkeypatch, quant_lab.F, "cross_entropy", error, 1, begin=6)
     again, = quant_lab.run_lab(lab("--variants", label, "--repeats", 3), [])["variants"]
@@ -339,7 +339,7 @@ def test_altered_results_are_told_and_measured_again(lab, capsys):
 
 
 def test_downloads_are_tried_again_kept_and_checked(tmp_path):
-    """Each file's first request fails; then offline; then spoilt on disk."""
+    """Each file's first answer is "busy" or cut off; then offline; then spoilt on disk."""
     repos, _ = make_hub(tmp_path / "hub")
     home = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1")
     words = ["--device", "cpu", "--variants", LABELS[0], "--repeats", 1, "--new-tokens", 2,
@@ -413,10 +413,8 @@ def test_foreign_text_stays_text(lab, monkeypatch, capfd):
     def fail(*arguments):
         raise ValueError(HOSTILE)
 
-    real = quant_lab.complete_prompts
     build = lab("--variants", *LABELS[:2])
     monkeypatch.setattr(type(build.tokenizer), "decode", lambda *a, **k: HOSTILE)
-    monkeypatch.setattr(quant_lab, "complete_prompts", real)
     monkeypatch.setattr(quant_lab, "apply_recipe", fail)
     results = quant_lab.run_lab(build, [])
     print(quant_lab.render_body(results, 1))
@@ -425,11 +423,8 @@ def test_foreign_text_stays_text(lab, monkeypatch, capfd):
     for text in capfd.readouterr().out, summary:
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f\u202e]", text)
         assert "\n# d" not in text and text.count("onerror") >= 2
-        for line in text.split("\n"):  # Each stands in code, by indentation or marks.
-            outside = re.sub("`[^`]*`", "", " ".join(text.split("\n\n")[0:0]) + line)
-            assert line.startswith("    ") or "[2/2]" in line or "<img" not in outside
-    card = quant_lab.render_model_card(results["variants"][0], results)
-    assert "\x1b" not in card
+    code = re.sub("(?m)^    .*$", "", summary)
+    assert "<img" in code and "<img" not in re.sub("`[^`]*`", "", code)
 
 
 def test_no_code_of_a_model_runs(run_script, quick, small, tmp_path):

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -337,19 +336,6 @@ def test_a_run_without_calibration_keeps_calibrated_rows(run_script, quick, tmp_
     again = run_script(*quick, "--variants", LABELS[0])
     assert again.code == 0 and again.out.count("finished before") == 1
     assert strict(tmp_path / "out" / "results.json")["variants"] == before
-
-
-def test_an_interrupt_says_how_to_go_on(quick, tmp_path):
-    words = [sys.executable, str(SCRIPT), *map(str, quick), "--repeats", "100000"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          text=True) as process:
-        for line in process.stdout:
-            if "quantized in" in line:  # The baseline is saved, its timing begins.
-                process.send_signal(signal.SIGINT)
-                break
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "run again" in out and err == ""
-    assert (tmp_path / "out" / "checkpoints" / LABELS[0] / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("text", [
