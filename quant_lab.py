@@ -63,10 +63,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
-def interrupted(*_):
+def interrupted(number=None, *_):
     """On Ctrl-C, end with exit code 130 and a line on how to go on."""
-    print("\ninterrupted; run again to go on, what is finished is kept",
-          file=sys.__stdout__, flush=True)
+    print("\ninterrupted; run again to go on, what is finished is kept", flush=True,
+          file=sys.__stdout__ if number else None)  # What stdout is, may be the log.
     raise SystemExit(130)
 
 
@@ -694,7 +694,7 @@ def fingerprint(*parts) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_checkpoint(folder: Path, key: str) -> dict | None:
+def read_checkpoint(folder: Path, key: str, say=print) -> dict | None:
     """What is known of a checkpoint; None unless it has this key and is as written."""
     note = read_json(folder / "quant_lab.json")
     if note.pop("fingerprint", None) != key:
@@ -702,8 +702,7 @@ def read_checkpoint(folder: Path, key: str) -> dict | None:
     files = note.pop("files", None) or {}
     if note.get("weight_bytes") != weight_bytes(folder) or files != hash_files(
             folder / name for name in files):
-        print(f"{folder.name}: its checkpoint was cut off or altered and is made again",
-              file=sys.__stdout__, flush=True)
+        say(f"{folder.name} was cut off or altered: made again")
         return None
     return note | dict(checkpoint=f"checkpoints/{folder.name}")
 
@@ -1330,7 +1329,8 @@ def measure_reference(lab: Lab) -> SimpleNamespace | Exception:
                                completions=complete_prompts(model, lab))
     except Exception as error:
         traceback.print_exc()  # Goes to the log.
-        return RuntimeError(f"the unquantized model: {describe(error)}")
+        where = " (TMPDIR says where its logits go)" if isinstance(error, OSError) else ""
+        return RuntimeError(f"the unquantized model: {describe(error)}{where}")
 
 
 # %%
@@ -1801,7 +1801,7 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference, say) -> 
         try:
             if isinstance(reference, Exception):
                 raise reference
-            row |= read_checkpoint(folder, keys[0]) or quantize_variant(
+            row |= read_checkpoint(folder, keys[0], say) or quantize_variant(
                 label, keys[0], lab)
             say(f"quantized in {row['quantize_seconds']:7,.0f} s · "
                 f"{row['weight_bytes'] / 1e6:,.1f} MB")
@@ -2303,18 +2303,28 @@ def write_report(results: dict, output: Path) -> None:
     figure.savefig(output / "summary.svg")
 
 
-if __name__ == "__main__":
+@contextlib.contextmanager
+def saving_to(output: Path):
+    """Turn a refusing disk into exit code 2 and one line, an interrupt into 130."""
     try:
-        RESULTS = run_lab(LAB, WORDS)
-        write_report(RESULTS, OUTPUT)
+        yield
     except OSError as error:
-        stop(f"--output-dir {OUTPUT}: {describe(error)}; what is finished is kept, "
+        stop(f"--output-dir {output}: {describe(error)}; what is finished is kept, "
              "make room or name another folder and run again")
+    except KeyboardInterrupt:  # In a notebook.
+        interrupted()
+
+
+if __name__ == "__main__":
+    with saving_to(OUTPUT):
+        RESULTS = run_lab(LAB, WORDS)
     if "ipykernel" in sys.modules:
         from IPython.display import Image, Markdown, display
         display(Markdown(render_body(RESULTS, len(PROMPTS))))
     else:
         print("\n" + render_body(RESULTS, 1))
+    with saving_to(OUTPUT):
+        write_report(RESULTS, OUTPUT)
     if "ipykernel" in sys.modules:
         display(Image(OUTPUT / "summary.png"))
     print("\nwrote results.json, summary.md, summary.png, summary.svg, log.txt and "
