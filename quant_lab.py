@@ -51,6 +51,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 import zlib
@@ -198,7 +199,7 @@ DEMO = dict(model="tests/tiny-qwen2", calibration_data=PYTHON_HELP,
 # %%
 def stop(*lines: str):
     """Say on stderr what is wrong with the input and the way out; exit with 2."""
-    print("quant_lab: " + "\n".join(lines), file=sys.stderr)
+    print("quant_lab: " + "\n".join(map(plain, lines)), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -1329,8 +1330,8 @@ def measure_reference(lab: Lab) -> SimpleNamespace | Exception:
                                completions=complete_prompts(model, lab))
     except Exception as error:
         traceback.print_exc()  # Goes to the log.
-        where = " (TMPDIR says where its logits go)" if isinstance(error, OSError) else ""
-        return RuntimeError(f"the unquantized model: {describe(error)}{where}")
+        disk = " (TMPDIR says where its logits go)" * isinstance(error, OSError)
+        return RuntimeError(f"the unquantized model: {describe(error)}{disk}")
 
 
 # %%
@@ -1701,7 +1702,9 @@ def time_variant(label: str, prompt: list[int], bandwidth: float, lab: Lab,
 
 
 def answer(function: Callable[[], dict], pipe) -> None:
-    """Send what the function returns."""
+    """Send what the function returns; die with the parent."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     pipe.send(function())
 
 

@@ -59,13 +59,13 @@ def run_killed(event, phase, number, words, output) -> bool:
 
 def steps_of(label: str, prompts=len(quant_lab.PROMPTS)) -> list[tuple]:
     """Events of a variant in their order; the reference completes the prompts, too, and
-    the bandwidth's median comes before the timings'."""
+    the bandwidth's median comes before the timings'; results are written once a variant."""
     return [*([("quantize", "before", 1), ("quantize", "after", 1)] * (label != LABELS[0])),
             ("save", "before", 1), ("weights", "half", 1), ("save", "after", 1),
             ("note", "before", 1), ("note", "after", 1), ("rename", "before", 1),
             ("rename", "after", 1), ("complete", "before", prompts + 1),
             ("complete", "after", 2 * prompts), ("time", "before", 2),
-            ("results", "before", 1), ("results", "after", 1)]
+            ("results", "before", nth := LABELS.index(label) + 1), ("results", "after", nth)]
 
 
 @pytest.mark.slow
@@ -463,3 +463,29 @@ def test_paths_stay_inside(monkeypatch, tmp_path, name):
     inside = tmp_path / "here" / "results"
     assert output.resolve().parent == inside and "\x1b" not in str(output)
     assert [p.name for p in tmp_path.iterdir()] == ["here"]
+
+
+def linger() -> dict:
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+    return {}
+
+
+def test_the_process_of_a_variant_dies_with_its_parent(tmp_path):
+    """Or it would disturb the timings of the next run."""
+    (tmp_path / "main.py").write_text(
+        f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]!r}\n"
+        "import quant_lab, test_faults\n"
+        "if __name__ == '__main__':\n    quant_lab.run_apart(test_faults.linger)\n")
+    with subprocess.Popen([sys.executable, str(tmp_path / "main.py")], text=True,
+                          stdout=subprocess.PIPE) as parent:
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        assert not psutil.wait_procs([child], timeout=5)[1]
+
+
+def test_the_table_of_faults_names_tests_that_exist():
+    readme = (ROOT / "README.md").read_text("utf-8").partition("### When something")[2]
+    sources = "".join(file.read_text("utf-8") for file in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", readme.partition("\n## ")[0])
+    assert len(named) > 20 and all(f"def {name}(" in sources for name in named)
