@@ -439,6 +439,12 @@ def read_json(file: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
+def fingerprint(*parts) -> str:
+    """16 hexadecimal digits that change when any of the JSON-like parts does."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def hash_files(files) -> dict[str, str]:
     """SHA-256 of each of the paths that is a file."""
     return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
@@ -514,7 +520,7 @@ def tokenize_prompt(tokenizer, prompt: str) -> dict[str, Tensor]:
 def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -> list:
     """A column of a hub data set in Parquet: the first `rows` of a split, or all."""
     # Streaming by load_dataset reads more, and can abort on exit (datasets#7566).
-    from datasets import Dataset, config as settings
+    from datasets import config as settings
     from datasets import disable_progress_bars, load_dataset_builder
     from huggingface_hub import HfFileSystem
     from pyarrow.parquet import ParquetFile
@@ -527,15 +533,17 @@ def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -
 
     disable_progress_bars()
     name = f"quant_lab-{dataset}-{config}-{split}-{column}-{rows}".replace("/", "-")
-    place = Path(settings.HF_DATASETS_CACHE) / name
-    if place.exists() and read_json(place / "sha256.json") != hash_files(
-            place.rglob("*.arrow")):
-        print(f"cut off or altered, fetched again: {place}")
-        shutil.rmtree(place)
-    kept = Dataset.from_generator(
-        lambda: islice(read(), rows), fingerprint=name, cache_dir=str(place))
-    write_json(place / "sha256.json", hash_files(place.rglob("*.arrow")))
-    return list(kept[column])
+    file = Path(settings.HF_DATASETS_CACHE) / f"{name}.json"
+    kept = read_json(file)
+    if file.exists() and kept.get("checksum") != fingerprint(kept.get("column")):
+        print(f"cut off or altered, fetched again: {file}")
+        kept = {}
+    if not kept:
+        found = [row[column] for row in islice(read(), rows)]
+        kept = dict(checksum=fingerprint(found), column=found)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, kept)
+    return kept["column"]
 
 
 # %%
@@ -689,12 +697,6 @@ nearest and says so in one line of its log: that line is counted here.
 
 
 # %%
-def fingerprint(*parts) -> str:
-    """16 hexadecimal digits that change when any of the JSON-like parts does."""
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
 def read_checkpoint(folder: Path, key: str, say=print) -> dict | None:
     """What is known of a checkpoint; None unless it has this key and is as written."""
     note = read_json(folder / "quant_lab.json")
@@ -1299,11 +1301,14 @@ def place_model(folder: Path, lab: Lab):
     """A causal LM on the lab's device, its defaults for sampling put aside."""
     from transformers import GenerationConfig
 
-    model = fit(f"loading {folder.name}", "a smaller --model or --device cpu",
-                lambda: load_model(folder, lab.options).to(lab.device))
-    if lab.options.execution == "packed":
-        cuda = lab.device.type == "cuda"
-        pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
+    def place():
+        model = load_model(folder, lab.options).to(lab.device)
+        if lab.options.execution == "packed":
+            cuda = lab.device.type == "cuda"
+            pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
+        return model
+
+    model = fit(f"loading {folder.name}", "a smaller --model or --device cpu", place)
     # A new object: whatever generate is not told comes from the model's own defaults.
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id or lab.tokenizer.eos_token_id,

@@ -358,7 +358,7 @@ def test_downloads_are_tried_again_kept_and_checked(tmp_path):
         assert hub.failed
     assert run("--fresh", HF_HUB_OFFLINE="1")[0] == wanted
     blob = next((tmp_path / "home" / "hub").rglob("model.safetensors")).resolve()
-    table = next((tmp_path / "home" / "datasets").rglob("*.arrow"))
+    table = next((tmp_path / "home" / "datasets").rglob("quant_lab-*.json"))
     flip(blob), flip(table)
     with serve(repos) as hub:
         found, said = run("--fresh", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0")
