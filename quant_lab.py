@@ -705,7 +705,7 @@ def read_checkpoint(folder: Path, key: str, say=print) -> dict | None:
     files = note.pop("files", None) or {}
     if note.get("weight_bytes") != weight_bytes(folder) or files != hash_files(
             folder / name for name in files):
-        say(f"{folder.name} was cut off or altered: made again")
+        say("checkpoint cut off or altered, made again")
         return None
     return note | dict(checkpoint=f"checkpoints/{folder.name}")
 
@@ -1835,8 +1835,11 @@ def take_over(lab: Lab, keys: dict, head: dict) -> dict[str, dict]:
     done = [row for row in known or () if row["status"] == "ok"]
     for row in done:
         made, measured = keys.get(row["label"], ("", ""))
+        # Of those wanted, `run_variant` says it.
+        say = (lambda text: None) if row["label"] in lab.options.variants else partial(
+            print, row["label"])
         if row.keys() == ROW.keys() and row["fingerprint"] == measured and (
-                read_checkpoint(lab.output / row["checkpoint"], made)):
+                read_checkpoint(lab.output / row["checkpoint"], made, say)):
             rows[row["label"]] = row
     if other := [row["label"] for row in done if row["fingerprint"] != keys.get(
             row["label"], ("", ""))[1]]:
