@@ -64,11 +64,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
-def interrupted(number=None, *_):
-    """On Ctrl-C, end with exit code 130 and a line on how to go on."""
-    print("\ninterrupted; run again to go on, what is finished is kept", flush=True,
-          file=sys.__stdout__ if number else None)  # What stdout is, may be the log.
-    raise SystemExit(130)
+def interrupted(*_) -> None:
+    """On Ctrl-C, end at once with exit code 130 and a line on how to go on."""
+    with contextlib.suppress(RuntimeError):  # A print may have been what it hit.
+        sys.__stdout__.flush()
+    os.write(1, b"\ninterrupted; run again to go on, what is finished is kept\n")
+    os._exit(130)  # No library may swallow it or wait for its threads.
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:
@@ -335,9 +336,12 @@ def plain(text: str) -> str:
 
 
 def quote(text: str) -> str:
-    """Foreign text in Markdown: code, where it holds anything that means something."""
-    text = plain(text).replace("`", "'")
-    return f"`{text}`" if re.search(r"[^\w\s.,:;()/'-]|://", text) else text
+    """Foreign text in Markdown: code, where it holds anything that means something.
+
+    What could begin a block stays behind the word before when lines are filled.
+    """
+    text = re.sub(r" (?=[<#>~=+*_|-]|\d+[.)])", "\u00a0", plain(text).replace("`", "'"))
+    return f"`{text}`" if re.search(r"[^\w\s.,:;()/'-]|://|www\.", text) else text
 
 
 # %%
@@ -396,12 +400,15 @@ def lock_folder(folder: Path) -> None:
     """Keep other runs out until this process ends; OSError if one is there."""
     try:
         import fcntl
-        fcntl.lockf(os.open(folder / ".lock", os.O_RDWR | os.O_CREAT),
-                    fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
+    except (ImportError, OSError):  # Windows, say.
+        return
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise OSError("another run is writing there") from None
-    except (ImportError, OSError):
-        pass  # Windows, or a file system without locks.
+    except OSError:
+        pass  # A file system without locks.
 
 
 def prepare_output(options: Options, machine: dict) -> Path:
@@ -451,6 +458,19 @@ def hash_files(files) -> dict[str, str]:
             for file in files if file.is_file()}
 
 
+def is_spoilt(blob: Path) -> bool:
+    """Whether a file of the hub's cache, which is named by its hash, holds another.
+
+    SHA-256 of large files, of others Git's SHA-1 of a blob.
+    """
+    if not re.fullmatch("[0-9a-f]{40}([0-9a-f]{24})?", blob.name) or not blob.is_file():
+        return False
+    if len(blob.name) == 64:
+        return hash_files([blob])[blob.name] != blob.name
+    content = blob.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob.name
+
+
 def write_json(file: Path, content: dict) -> None:
     """Write strict JSON in one step: a reader sees the old file or the new one."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -463,7 +483,8 @@ def open_model(options: Options) -> tuple[Path, object, int]:
     """Folder (fetched if need be), tokenizer and context length of a chat model."""
     from huggingface_hub import snapshot_download
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+    logging.set_verbosity_error()  # Warnings quote what stands in a model's files.
     name, folder = options.model, find_folder(options.model)
     kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
     with usable("--model", name, "give a folder or a hub id (needs network, access)"):
@@ -473,12 +494,9 @@ def open_model(options: Options) -> tuple[Path, object, int]:
                         ignore_patterns=["*/*", "consolidated*"])
         if folder is None:
             folder = Path(fetch())
-            # In the hub's cache a large file goes by the name of its hash.
-            spoilt = [blob for blob in map(Path.resolve, folder.iterdir())
-                      if re.fullmatch("[0-9a-f]{64}", blob.name)
-                      and hash_files([blob]) != {blob.name: blob.name}]
+            spoilt = list(filter(is_spoilt, map(Path.resolve, folder.iterdir())))
             for blob in spoilt:
-                print(f"cut off or altered in the cache, fetched again: {blob}")
+                print(f"cut off or altered, to be fetched again: {blob}")
                 blob.unlink()
             folder = Path(fetch()) if spoilt else folder
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -536,7 +554,7 @@ def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -
     file = Path(settings.HF_DATASETS_CACHE) / f"{name}.json"
     kept = read_json(file)
     if file.exists() and kept.get("checksum") != fingerprint(kept.get("column")):
-        print(f"cut off or altered, fetched again: {file}")
+        print(f"cut off or altered, to be fetched again: {file}")
         kept = {}
     if not kept:
         found = [row[column] for row in islice(read(), rows)]
@@ -681,8 +699,9 @@ if __name__ == "__main__":
     OUTPUT = prepare_output(OPTIONS, MACHINE)
     LAB = Lab(OPTIONS, DEVICE, MACHINE, VERSIONS, OUTPUT, MODEL, TOKENIZER, EVAL_IDS,
               SAMPLES, CONTEXT)
-    print(f"expected     about {expect_minutes(LAB)} min, by a rule of thumb; less if "
-          "part is finished\n", flush=True)
+    with usable("--device", str(DEVICE), "is its memory taken by another process?"):
+        print(f"expected     about {expect_minutes(LAB)} min, by a rule of thumb; less "
+              "if part is finished\n", flush=True)
 
 # %% [markdown]
 """
@@ -700,14 +719,15 @@ nearest and says so in one line of its log: that line is counted here.
 def read_checkpoint(folder: Path, key: str, say=print) -> dict | None:
     """What is known of a checkpoint; None unless it has this key and is as written."""
     note = read_json(folder / "quant_lab.json")
-    if note.pop("fingerprint", None) != key:
+    if note.get("fingerprint") != key:
         return None
-    files = note.pop("files", None) or {}
-    if note.get("weight_bytes") != weight_bytes(folder) or files != hash_files(
-            folder / name for name in files):
+    checksum, files = note.pop("checksum", None), note.get("files")
+    if checksum != fingerprint(note) or note["weight_bytes"] != weight_bytes(
+            folder) or files != hash_files(folder / name for name in files):
         say("checkpoint cut off or altered, made again")
         return None
-    return note | dict(checkpoint=f"checkpoints/{folder.name}")
+    known = {k: note[k] for k in note.keys() - {"fingerprint", "files"}}
+    return known | dict(checkpoint=f"checkpoints/{folder.name}")
 
 
 @contextlib.contextmanager
@@ -728,7 +748,8 @@ def free_memory() -> None:
 
 def lacks_memory(error: BaseException | None) -> bool:
     """Whether an allocator's refusal, of the GPU or of the host, is behind it."""
-    refusal = re.compile("out of memory|can't allocate memory|ALLOC_FAILED", re.I)
+    refusal = re.compile(
+        "out of memory|can(no|')t allocate memory|bad_alloc|ALLOC_FAILED", re.I)
     return error is not None and (
         isinstance(error, (torch.OutOfMemoryError, MemoryError))
         or bool(refusal.search(str(error)))
@@ -871,9 +892,9 @@ def quantize_variant(label: str, key: str, lab: Lab) -> dict:
     if VARIANTS[label].calibrated:  # Linear by Linear instead of layer by layer.
         forms.append(partial(*forms, sequential_targets=["Linear"]))
     note = fit("quantizing", "less --calibration-length or a smaller --model", *forms)
-    write_json(beside / "quant_lab.json", dict(
-        fingerprint=key, **note, weight_bytes=weight_bytes(beside),
-        files=hash_files(beside.iterdir())))
+    note |= dict(fingerprint=key, weight_bytes=weight_bytes(beside),
+                 files=hash_files(beside.iterdir()))
+    write_json(beside / "quant_lab.json", note | dict(checksum=fingerprint(note)))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
     return read_checkpoint(folder, key)
@@ -1792,12 +1813,12 @@ def make_keys(label: str, lab: Lab, model: dict) -> tuple[str, str]:
         o.calibration_data, o.calibration_samples, o.calibration_length,
         hash_files([Path(o.calibration_data).expanduser()]))
     made = fingerprint(model, label, repr(build_recipe(label, o)), o.dtype, o.seed,
-                       lab.versions, chats, machine["device"], machine["name"],
-                       machine["compute_capability"])
+                       lab.versions, chats, o.plain_text, machine["device"],
+                       machine["name"], machine["compute_capability"])
     return made, fingerprint(
         made, lab.eval_ids.tolist(), PROMPTS, BLOCKS, LOGITS_FILE_BYTES, o.window,
         o.max_windows, o.kld_tokens, o.new_tokens, o.repeats, o.execution, o.no_compile,
-        o.batch_sizes, PROTOCOL, "__file__" in globals())
+        o.batch_sizes, PROTOCOL, machine["driver"], "__file__" in globals())
 
 
 def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference, say) -> dict:
@@ -1815,10 +1836,11 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference, say) -> 
                 f"{row['weight_bytes'] / 1e6:,.1f} MB")
             row |= benchmark_variant(label, lab, reference, say) | dict(status="ok")
         except Exception as error:
+            shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
             row["error"] = describe(error)
             say(textwrap.shorten(f"failed: {row['error']}", 90, placeholder=" ..."))
-            traceback.print_exc()
-            shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
+            with contextlib.suppress(OSError):  # The disk may be full.
+                traceback.print_exc()
     return row
 
 
@@ -1827,12 +1849,10 @@ def take_over(lab: Lab, keys: dict, head: dict) -> dict[str, dict]:
     """Finished rows of results.json by label, if they may stand beside new ones."""
     file = lab.output / "results.json"
     before, rows = read_json(file), {}
-    known = before.get("variants")
-    if file.exists() and (not isinstance(known, list)
-                          or before.get("checksum") != fingerprint(known)):
+    if before.pop("checksum", None) != fingerprint(before) and file.exists():
         print("results.json: cut off, altered or of another version: not used")
-        known = None
-    done = [row for row in known or () if row["status"] == "ok"]
+        before = {}
+    done = [row for row in before.get("variants", ()) if row["status"] == "ok"]
     for row in done:
         made, measured = keys.get(row["label"], ("", ""))
         # Of those wanted, `run_variant` says it.
@@ -1854,15 +1874,25 @@ def take_over(lab: Lab, keys: dict, head: dict) -> dict[str, dict]:
     return rows
 
 
-def check_disk(lab: Lab, labels: list[str]) -> None:
-    """Exit with 2 unless the checkpoints to be made fit, each as large as FP16."""
-    labels = [v for v in labels if not (lab.output / "checkpoints" / v).is_dir()]
-    each = weight_bytes(lab.model) * (2 if lab.options.dtype == "float32" else 1)
-    free = shutil.disk_usage(lab.output).free
-    if len(labels) * each > free:
-        stop(f"--output-dir {lab.output}: {free / 1e9:,.2f} GB are free, {len(labels)} "
-             f"checkpoints may take {len(labels) * each / 1e9:,.2f}; make room, name "
-             "another folder or run fewer --variants")
+def check_disk(lab: Lab, labels: list[str], keys: dict) -> None:
+    """Exit with 2 unless what is to be made fits, each checkpoint as large as FP16."""
+    o, folder = lab.options, lab.output / "checkpoints"
+    temporary = tempfile.gettempdir()
+    for half in folder.glob("*.partial"):
+        shutil.rmtree(half, ignore_errors=True)
+    made = [v for v in labels if read_json(folder / v / "quant_lab.json").get(
+        "fingerprint") != keys[v][0]]
+    wide = 4 if o.dtype == "float32" else 2
+    need = len(made) * weight_bytes(lab.model) * wide / 2
+    logits = bool(labels) * min(LOGITS_FILE_BYTES, wide * len(lab.tokenizer) * min(
+        o.kld_tokens, len(lab.eval_ids)))
+    need += logits * (os.stat(temporary).st_dev == os.stat(folder).st_dev)
+    for name, place, wanted in (("--output-dir", lab.output, need),
+                                ("TMPDIR", temporary, logits)):
+        if wanted > (free := shutil.disk_usage(place).free):
+            stop(f"{name} {place}: {free / 1e9:,.2f} GB are free, {len(made)} "
+                 f"checkpoints and logits may take {wanted / 1e9:,.2f}; make room, "
+                 "name another folder or run fewer --variants")
 
 
 # %%
@@ -1879,7 +1909,7 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
     wanted, reference = lab.options.variants, None
     head = describe_run(lab.options, lab.machine, lab.versions, words)
     rows = take_over(lab, keys, head)
-    check_disk(lab, [label for label in wanted if label not in rows])
+    check_disk(lab, [label for label in wanted if label not in rows], keys)
     if not rows.keys() >= set(wanted):
         start = time.perf_counter()
         with chatter_to(log):
@@ -1899,8 +1929,8 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
             row["size_ratio"] = size / base if size and base else None
         results = head | dict(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            checksum=fingerprint(kept := [rows[v] for v in VARIANTS if v in rows]),
-            variants=kept)
+            variants=[rows[v] for v in VARIANTS if v in rows])
+        results["checksum"] = fingerprint(results)
         write_json(lab.output / "results.json", results)
     return results
 
@@ -2318,12 +2348,15 @@ def write_report(results: dict, output: Path) -> None:
 def saving_to(output: Path):
     """Turn a refusing disk into exit code 2 and one line, an interrupt into 130."""
     try:
-        yield
+        return (yield)
     except OSError as error:
         stop(f"--output-dir {output}: {describe(error)}; what is finished is kept, "
              "make room or name another folder and run again")
-    except KeyboardInterrupt:  # In a notebook.
-        interrupted()
+    except KeyboardInterrupt as error:  # In a notebook, which keeps what it saw.
+        traceback.clear_frames(error.__traceback__)
+    free_memory()
+    print("\ninterrupted; run again to go on, what is finished is kept")
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -309,6 +309,7 @@ def test_changed_settings_reuse_nothing_they_shape(lab, monkeypatch, small, tmp_
     assert rerun("--dampening", 0.02)[:2] == (1, 1), "FP8 has no dampening"
     assert rerun("--calibration-samples", 9)[:2] == (1, 1), "nor any chats"
     assert rerun("--calibration-samples", 9, "--repeats", 3)[:2] == (0, 2)
+    assert rerun("--plain-text")[:2] == (2, 2)
     assert rerun("--seed", 1)[:2] == (2, 2)
     assert rerun("--fresh", "--seed", 1)[:2] == (2, 2)
     (tmp_path / "model").mkdir()
