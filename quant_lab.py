@@ -64,12 +64,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
+STOPPED = ("\ninterrupted; run again, without --fresh, to go on: "
+           "what is finished is kept\n")
+
+
 def interrupted(*_) -> None:
     """On Ctrl-C, end at once with exit code 130 and a line on how to go on."""
-    with contextlib.suppress(RuntimeError):  # A print may have been what it hit.
-        sys.__stdout__.flush()
-    os.write(1, b"\ninterrupted; run again to go on, what is finished is kept\n")
-    os._exit(130)  # No library may swallow it or wait for its threads.
+    try:  # A print may have been what it hit; a reader of a pipe, gone.
+        with contextlib.suppress(RuntimeError, OSError, ValueError):
+            sys.__stdout__.flush()
+        os.write(1, STOPPED.encode())
+    finally:
+        os._exit(130)  # No library may swallow it or wait for its threads.
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:
@@ -406,7 +412,7 @@ def lock_folder(folder: Path) -> None:
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise OSError("another run is writing there") from None
+        raise OSError("another run, or an open notebook, holds it") from None
     except OSError:
         pass  # A file system without locks.
 
@@ -724,7 +730,7 @@ def read_checkpoint(folder: Path, key: str, say=print) -> dict | None:
     checksum, files = note.pop("checksum", None), note.get("files")
     if checksum != fingerprint(note) or note["weight_bytes"] != weight_bytes(
             folder) or files != hash_files(folder / name for name in files):
-        say("checkpoint cut off or altered, made again")
+        say("checkpoint cut off or altered: not used")
         return None
     known = {k: note[k] for k in note.keys() - {"fingerprint", "files"}}
     return known | dict(checkpoint=f"checkpoints/{folder.name}")
@@ -1914,7 +1920,8 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
         start = time.perf_counter()
         with chatter_to(log):
             reference = measure_reference(lab)
-        print(f"{'the model as it came':26} scored in "
+        done = "failed" if isinstance(reference, Exception) else "scored"
+        print(f"{'the model as it came':26} {done} in "
               f"{time.perf_counter() - start:10,.0f} s", flush=True)
     for number, label in enumerate(wanted, 1):
         say = partial(print, f"[{number}/{len(wanted)}] {label:20}", file=sys.stdout,
@@ -2349,13 +2356,15 @@ def saving_to(output: Path):
     """Turn a refusing disk into exit code 2 and one line, an interrupt into 130."""
     try:
         return (yield)
+    except BrokenPipeError:  # Nobody reads what is printed.
+        os._exit(1)
     except OSError as error:
         stop(f"--output-dir {output}: {describe(error)}; what is finished is kept, "
              "make room or name another folder and run again")
     except KeyboardInterrupt as error:  # In a notebook, which keeps what it saw.
         traceback.clear_frames(error.__traceback__)
     free_memory()
-    print("\ninterrupted; run again to go on, what is finished is kept")
+    print(STOPPED)
     sys.exit(130)
 
 

@@ -126,7 +126,7 @@ def test_an_interrupt_ends_at_once_and_says_how_to_go_on(quick, tmp_path, after)
                 log.exists() and "GPTQ" in log.read_text("utf-8").upper()):
             time.sleep(0.01)
         if not after:
-            time.sleep(1.5)
+            time.sleep(2.5)
         for line in process.stdout if after not in ("", "gptq") else ():
             if after in line:
                 break
@@ -138,7 +138,7 @@ def test_an_interrupt_ends_at_once_and_says_how_to_go_on(quick, tmp_path, after)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "run again" in out and err == ""
-    assert time.perf_counter() - begin < 2
+    assert time.perf_counter() - begin < 3
     assert after != "gptq" or "quantized in" not in out.partition("[3/4]")[2]
     if "quantized" in after:
         assert (tmp_path / "out" / "checkpoints" / LABELS[0] / "model.safetensors").exists()
