@@ -477,8 +477,19 @@ def is_spoilt(blob: Path) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() != blob.name
 
 
+def read_checked(file: Path, say=print) -> dict:
+    """What `write_json` wrote; {} where there is none or, which is said, not that."""
+    content = read_json(file)
+    if content.pop("checksum", None) == fingerprint(content):
+        return content
+    if file.exists():
+        say(f"{file.name} was cut off, altered or of another version: not used")
+    return {}
+
+
 def write_json(file: Path, content: dict) -> None:
-    """Write strict JSON in one step: a reader sees the old file or the new one."""
+    """Write strict JSON with a checksum in one step: readers see the old or the new."""
+    content = content | dict(checksum=fingerprint(content))
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     file.with_suffix(".partial").write_text(text + "\n", encoding="utf-8")
     file.with_suffix(".partial").replace(file)
@@ -558,16 +569,12 @@ def stream_rows(dataset: str, config: str, split: str, column: str, rows=None) -
     disable_progress_bars()
     name = f"quant_lab-{dataset}-{config}-{split}-{column}-{rows}".replace("/", "-")
     file = Path(settings.HF_DATASETS_CACHE) / f"{name}.json"
-    kept = read_json(file)
-    if file.exists() and kept.get("checksum") != fingerprint(kept.get("column")):
-        print(f"cut off or altered, to be fetched again: {file}")
-        kept = {}
+    kept = read_checked(file, lambda text: print(f"{text}, to be fetched again"))
     if not kept:
-        found = [row[column] for row in islice(read(), rows)]
-        kept = dict(checksum=fingerprint(found), column=found)
+        kept = {column: [row[column] for row in islice(read(), rows)]}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, kept)
-    return kept["column"]
+    return kept[column]
 
 
 # %%
@@ -724,16 +731,15 @@ nearest and says so in one line of its log: that line is counted here.
 # %%
 def read_checkpoint(folder: Path, key: str, say=print) -> dict | None:
     """What is known of a checkpoint; None unless it has this key and is as written."""
-    note = read_json(folder / "quant_lab.json")
+    note = read_checked(folder / "quant_lab.json", say)
     if note.get("fingerprint") != key:
         return None
-    checksum, files = note.pop("checksum", None), note.get("files")
-    if checksum != fingerprint(note) or note["weight_bytes"] != weight_bytes(
-            folder) or files != hash_files(folder / name for name in files):
+    files = note["files"]
+    if note["row"]["weight_bytes"] != weight_bytes(folder) or files != hash_files(
+            folder / name for name in files):
         say("checkpoint cut off or altered: not used")
         return None
-    known = {k: note[k] for k in note.keys() - {"fingerprint", "files"}}
-    return known | dict(checkpoint=f"checkpoints/{folder.name}")
+    return note["row"]
 
 
 @contextlib.contextmanager
@@ -897,13 +903,14 @@ def quantize_variant(label: str, key: str, lab: Lab) -> dict:
     forms = [partial(make_checkpoint, label, lab, beside)]
     if VARIANTS[label].calibrated:  # Linear by Linear instead of layer by layer.
         forms.append(partial(*forms, sequential_targets=["Linear"]))
-    note = fit("quantizing", "less --calibration-length or a smaller --model", *forms)
-    note |= dict(fingerprint=key, weight_bytes=weight_bytes(beside),
-                 files=hash_files(beside.iterdir()))
-    write_json(beside / "quant_lab.json", note | dict(checksum=fingerprint(note)))
+    row = fit("quantizing", "less --calibration-length or a smaller --model", *forms)
+    row |= dict(weight_bytes=weight_bytes(beside),
+                checkpoint=f"checkpoints/{label}")
+    write_json(beside / "quant_lab.json", dict(
+        fingerprint=key, row=row, files=hash_files(beside.iterdir())))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
-    return read_checkpoint(folder, key)
+    return row
 
 # %% [markdown]
 """
@@ -1853,11 +1860,7 @@ def run_variant(label: str, keys: tuple[str, str], lab: Lab, reference, say) -> 
 # %%
 def take_over(lab: Lab, keys: dict, head: dict) -> dict[str, dict]:
     """Finished rows of results.json by label, if they may stand beside new ones."""
-    file = lab.output / "results.json"
-    before, rows = read_json(file), {}
-    if before.pop("checksum", None) != fingerprint(before) and file.exists():
-        print("results.json: cut off, altered or of another version: not used")
-        before = {}
+    before, rows = read_checked(lab.output / "results.json"), {}
     done = [row for row in before.get("variants", ()) if row["status"] == "ok"]
     for row in done:
         made, measured = keys.get(row["label"], ("", ""))
@@ -1937,7 +1940,6 @@ def run_lab(lab: Lab, words: list[str]) -> dict:
         results = head | dict(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             variants=[rows[v] for v in VARIANTS if v in rows])
-        results["checksum"] = fingerprint(results)
         write_json(lab.output / "results.json", results)
     return results
 

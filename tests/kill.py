@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EVENTS = ("quantize", "save", "weights", "note", "rename", "complete", "time", "results")
 
 
 def main(event: str, phase: str, number: str, *words: str) -> None:
