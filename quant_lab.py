@@ -66,11 +66,10 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timezone
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from functools import cache, partial
-from itertools import islice, zip_longest
+from itertools import islice, product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -222,19 +221,6 @@ def read_words() -> list[str]:
         return shlex.split(os.environ.get("QUANT_LAB_ARGS", ""))
 
 
-def name_flag(name: str) -> str:
-    """Return the flag of an option."""
-    return "--" + name.replace("_", "-")
-
-
-def read_number(kind: type, low: float, high: float, word: str) -> float:
-    """Return a number within its limits; an error names the limits."""
-    value = kind(word)
-    if not low <= value <= high:
-        raise argparse.ArgumentTypeError(f"{word} is not between {low} and {high}")
-    return value
-
-
 def parse_options(words: list[str]) -> Options:
     """Read options from command-line words; a bad name or value exits with 2."""
     parser = argparse.ArgumentParser(
@@ -242,27 +228,28 @@ def parse_options(words: list[str]) -> Options:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
     for f in fields(Options):
-        low, high = f.metadata["low"], f.metadata["high"]
-        first = f.default[0] if isinstance(f.default, tuple) else f.default
-        form = dict(type=type(first), choices=f.metadata["choices"])
-        if isinstance(first, bool):
+        several = isinstance(f.default, tuple)
+        form = dict(type=type(f.default[0] if several else f.default),
+                    choices=f.metadata["choices"], nargs="+" if several else None)
+        if isinstance(f.default, bool):
             form = dict(action="store_true")
-        elif low is not None:
-            form["type"] = partial(read_number, type(first), low, high)
-        if isinstance(f.default, tuple):
-            form["nargs"] = "+"
-        shown = " [%(default)s]" if f.default else ""
-        parser.add_argument(name_flag(f.name), default=f.default, **form,
-                            help=f.metadata["remark"] + shown)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **form,
+                            help=f.metadata["remark"] + " [%(default)s]")
     if "--demo" in words:
         parser.set_defaults(**DEMO)
-    options = Options(**vars(parser.parse_args(words)))
-    labels = ",".join(options.variants).split(",")
-    for label in labels:
-        if label not in VARIANTS:
-            stop(f"--variants {label!r}: choose from {', '.join(VARIANTS)}")
-    return replace(options, variants=tuple(v for v in VARIANTS if v in labels),
-                   batch_sizes=tuple(sorted({1, *options.batch_sizes})))
+    given = vars(parser.parse_args(words))
+    for f in fields(Options):
+        low, high, value = f.metadata["low"], f.metadata["high"], given[f.name]
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if low is not None and not low <= one <= high:
+                stop(f"--{f.name.replace('_', '-')} {one}: must be at least {low} and "
+                     f"at most {high}")
+    labels = ",".join(given["variants"]).split(",")
+    for label in set(labels) - VARIANTS.keys():
+        stop(f"--variants {label!r}: choose from {', '.join(VARIANTS)}")
+    return Options(**given | dict(
+        variants=tuple(v for v in VARIANTS if v in labels),
+        batch_sizes=tuple(sorted({1, *given["batch_sizes"]}))))
 
 # %%
 def choose_device(options: Options) -> tuple[torch.device, str]:
@@ -300,18 +287,15 @@ rest calibrates, and trained the tiny model (`tests/make_checkpoint.py`).
 def find_path(name: str) -> Path | None:
     """Return the file or folder of this name, here or beside the script, or None."""
     with contextlib.suppress(OSError, RuntimeError):  # No name of a file, no such user.
-        for path in (Path(name).expanduser(), HERE / name):
-            if path.exists():
-                return path
-    return None
+        paths = Path(name).expanduser(), HERE / name
+        return next(filter(Path.exists, paths), None)
 
 
 def open_tokenizer(folder: Path, plain_text: bool):
     """Return a model's tokenizer; plain_text gives it a template without roles."""
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    ids = tokenizer("word").input_ids
-    if not ids:
+    if not (ids := tokenizer("word").input_ids):
         raise FileNotFoundError("its tokenizer is empty, are files missing?")
     if plain_text:
         begin = "{{ bos_token }}" if ids[0] == tokenizer.bos_token_id else ""
@@ -364,13 +348,13 @@ def open_model(options: Options) -> tuple[Path, object, int]:
 
 # %%
 def fetch_column(dataset: str, config: str, split: str, column: str, rows=None) -> list:
-    """Return a column of a hub data set: the first `rows` of a split, or all.
+    """Return a column of a hub data set, the first `rows` or all, kept in the cache.
 
-    Only its first row groups are read, and kept in the cache. load_dataset would read
-    whole shards; streaming with it can abort on exit (datasets#7566, seen in 5.2).
+    Only the row groups needed are read. load_dataset would read whole shards, and
+    streaming with it can abort on exit (datasets#7566, seen in 5.2).
     """
     from datasets import config as settings
-    from datasets import disable_progress_bars, load_dataset_builder
+    from datasets import load_dataset_builder
     from huggingface_hub import HfFileSystem
     from pyarrow.parquet import ParquetFile
 
@@ -380,10 +364,9 @@ def fetch_column(dataset: str, config: str, split: str, column: str, rows=None) 
                 for batch in ParquetFile(stream).iter_batches(256, columns=[column]):
                     yield from batch.to_pylist()
 
-    name = f"quant_lab-{dataset}-{config}-{split}-{column}-{rows}".replace("/", "-")
-    file = Path(settings.HF_DATASETS_CACHE) / f"{name}.json"
+    name = f"quant_lab-{dataset}-{config}-{split}-{rows}.json".replace("/", "-")
+    file = Path(settings.HF_DATASETS_CACHE) / name
     if not read_json(file):
-        disable_progress_bars()
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {column: [row[column] for row in islice(read_rows(), rows)]})
     return read_json(file)[column]
@@ -404,29 +387,28 @@ def read_chats(file: Path) -> list[list[dict]]:
             raise ValueError(f'line {number} is not {{"messages": [{{"role": "user", '
                              '"content": "..."}, ...]}') from None
         chats.append(turns)
+    if not chats:
+        raise ValueError("holds no conversation")
     return chats
 
 # %%
 def load_calibration(options: Options, tokenizer, context: int) -> list[list[int]]:
     """Return token ids of the calibration chats; unusable data exits with 2."""
     source, wanted = options.calibration_data, options.calibration_samples
-    length = min(options.calibration_length, context)
     with usable("--calibration-data", source, "give a .jsonl (default: needs network)"):
         if source == ULTRACHAT:
             chats = fetch_column(source, "default", "train_sft", "messages", 4 * wanted)
         else:
             chats = read_chats(find_path(source) or Path(source))
-        if not chats:
-            raise ValueError("holds no conversation")
         random.Random(options.seed).shuffle(chats)
         samples = tokenizer.apply_chat_template(
-            chats[:wanted], truncation=True, max_length=length).input_ids
-    few = f" (all there are; {wanted} asked for)" if len(samples) < wanted else ""
-    print(f"calibration  {len(samples)} chats of {source}, "
-          f"{sum(map(len, samples)):,} tokens, at most {length} each{few}")
+            chats[:wanted], truncation=True,
+            max_length=min(options.calibration_length, context)).input_ids
+    print(f"calibration  {len(samples)} chats of {source}, {wanted} asked for, "
+          f"{sum(map(len, samples)):,} tokens")
     return samples
 
-# %%
+
 def load_evaluation(options: Options, tokenizer, context: int) -> Tensor:
     """Return token ids [n] of the evaluation text; an unusable one exits with 2."""
     source, window = options.eval_text, options.window
@@ -440,7 +422,7 @@ def load_evaluation(options: Options, tokenizer, context: int) -> Tensor:
     if window > context:
         stop(f"--window {window}: the model's context is {context} tokens; take that")
     if len(ids) < window:
-        stop(f"--eval-text {source}: {len(ids)} tokens are less than one --window, "
+        stop(f"--eval-text {source}: its {len(ids)} tokens do not fill a --window of "
              f"{window}; give more text or a smaller window")
     windows = min(len(ids) // window, options.max_windows or len(ids))
     print(f"evaluation   {source}: {len(ids):,} tokens, {windows} windows of {window}")
@@ -485,58 +467,49 @@ def build_recipe(label: str, options: Options) -> list:
     return VARIANTS[label].recipe(SimpleNamespace(**modifiers), options)
 
 
-def check_widths(model, scheme: str) -> None:
-    """Raise ValueError if a Linear's width is no multiple of what shares a scale."""
-    from compressed_tensors.quantization import preset_name_to_scheme
-    group = preset_name_to_scheme(scheme, ["Linear"]).weights.group_size or 1
-    for name, linear in model.named_modules():
-        if isinstance(linear, torch.nn.Linear) and linear.in_features % group:
-            raise ValueError(f"{name} is {linear.in_features} wide, no multiple of the "
-                             f"{group} weights that share a scale: take FP8 or W8A8")
-
 # %%
 def quantize_variant(label: str, lab: "Lab") -> dict:
     """Write `checkpoints/<label>` and return its part of the row."""
+    from compressed_tensors.quantization import preset_name_to_scheme
     from datasets import Dataset
     from llmcompressor import oneshot
-    options, samples, data = lab.options, lab.samples, {}
-    if VARIANTS[label].calibrated:
+    variant, samples, data = VARIANTS[label], lab.samples, {}
+    if variant.calibrated:
+        masks = [[1] * len(ids) for ids in samples]
         data = dict(
-            dataset=Dataset.from_dict(dict(
-                input_ids=samples, attention_mask=[[1] * len(ids) for ids in samples])),
+            dataset=Dataset.from_dict(dict(input_ids=samples, attention_mask=masks)),
             max_seq_length=max(map(len, samples)), num_calibration_samples=len(samples),
             shuffle_calibration_samples=False)
     folder = lab.output / "checkpoints" / label
     unfinished = folder.with_suffix(".partial")
     shutil.rmtree(unfinished, ignore_errors=True)
-    torch.manual_seed(options.seed)
-    model = load_model(lab.model_folder, options.dtype)
-    recipe = build_recipe(label, options)
+    torch.manual_seed(lab.options.seed)
+    model = load_model(lab.model_folder, lab.options.dtype)
+    recipe = build_recipe(label, lab.options)
     with (llmcompressor_session(lab, model, len(recipe)) as warnings,
           memory_for("quantizing", "less --calibration-length or a smaller --model")):
         start = time.perf_counter()
         if recipe:
-            check_widths(model, VARIANTS[label].scheme)
+            group = preset_name_to_scheme(variant.scheme, []).weights.group_size or 1
+            for name, linear in model.named_modules():
+                if isinstance(linear, torch.nn.Linear) and linear.in_features % group:
+                    raise ValueError(f"{name} is {linear.in_features} wide, no multiple"
+                                     f" of a group of {group}: take FP8 or W8A8")
             oneshot(model=model, recipe=recipe, processor=lab.tokenizer, **data)
             if not any(hasattr(m, "quantization_scheme") for m in model.modules()):
                 raise ValueError("the recipe found no Linear layer to quantize")
-        seconds = time.perf_counter() - start
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError:  # Older models set a temperature without asking to sample.
-            model.generation_config.do_sample = True
+        seconds = time.perf_counter() - start if recipe else 0.0
         model.save_pretrained(unfinished)  # Adds recipe.yaml from the session.
     lab.tokenizer.save_pretrained(unfinished)
-    if options.plain_text:  # The template is not the model's own.
+    if lab.options.plain_text:  # The template is not the model's own.
         (unfinished / "chat_template.jinja").unlink(missing_ok=True)
     failed = re.findall(r"inversion failed for (\d+)/", "".join(warnings))
     row = dict(
-        quantize_seconds=seconds if recipe else 0.0, checkpoint=f"checkpoints/{label}",
+        quantize_seconds=seconds, rtn_fallbacks=sum(map(int, failed)),
         weight_bytes=sum(f.stat().st_size for f in unfinished.glob("*.safetensors")),
-        rtn_fallbacks=sum(map(int, failed)))
+        checkpoint=f"checkpoints/{label}")
     write_json(unfinished / "quant_lab.json", dict(
-        fingerprint=lab.head["fingerprint"], row=row,
-        files=hash_files(unfinished.iterdir())))
+        row=row, fingerprint=lab.head["fingerprint"], files=hash_files(unfinished)))
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)  # In one step: a checkpoint is there or it is not.
     return row
@@ -548,8 +521,9 @@ def read_checkpoint(label: str, lab: "Lab") -> dict | None:
     note = read_json(folder / "quant_lab.json")
     if note.get("fingerprint") != lab.head["fingerprint"]:
         return None
-    if note["files"] != hash_files(folder / name for name in note["files"]):
-        print(f"{label:20} checkpoint cut off or altered: not used")
+    hashes = hash_files(folder)
+    if any(hashes.get(name) != sha256 for name, sha256 in note["files"].items()):
+        print(f"{label}: its checkpoint was cut off or altered, and is made again")
         return None
     return note["row"]
 
@@ -677,17 +651,6 @@ def estimate(values: Tensor, windows: Tensor, scale=float, name="value") -> dict
     return {name: scale(mean), "low": scale(mean - half), "high": scale(mean + half)}
 
 # %%
-def compare_completions(ids: list[list[int]], reference: list[list[int]], tokenizer,
-                        new_tokens: int) -> list[dict]:
-    """Return, prompt by prompt, the text and after how many tokens it differs."""
-    compared = []
-    for prompt, mine, theirs in zip(PROMPTS, ids, reference):
-        differs = [a != b for a, b in zip_longest(mine, theirs)]
-        compared.append(dict(
-            prompt=prompt, completion=tokenizer.decode(mine, skip_special_tokens=True),
-            same_tokens=differs.index(True) if any(differs) else new_tokens))
-    return compared
-
 # %%
 def measure_quality(model, ids: Tensor, tokenizer, options: Options,
                     reference: SimpleNamespace) -> dict:
@@ -711,10 +674,15 @@ def measure_quality(model, ids: Tensor, tokenizer, options: Options,
     # Paired token by token: what makes the text hard cancels.
     ratio = estimate((losses - reference.losses).flatten(), every_window, math.exp)
     kld, same, windows = torch.cat(klds), torch.cat(agreements), torch.cat(windows)
-    completions = compare_completions(
-        complete_prompts(model, tokenizer, options.new_tokens), reference.completions,
-        tokenizer, options.new_tokens)
-    lengths = torch.tensor([float(one["same_tokens"]) for one in completions])
+    completions, lengths = [], []
+    for prompt, mine, theirs in zip(PROMPTS, complete_prompts(
+            model, tokenizer, options.new_tokens), reference.completions):
+        differs = [a != b for a, b in zip_longest(mine, theirs)]
+        lengths.append(differs.index(True) if any(differs) else options.new_tokens)
+        completions.append(dict(
+            prompt=prompt, completion=tokenizer.decode(mine, skip_special_tokens=True),
+            same_tokens=lengths[-1]))
+    lengths = torch.tensor(lengths, dtype=torch.float)
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
         perplexity_ratio=ratio, tokens_scored=losses.numel(),
@@ -861,48 +829,49 @@ class Decoder:
 
 # %%
 def time_batch(decoder: Decoder, model, options: Options, bandwidth: float) -> dict:
-    """Return TTFT, latency, tokens/s, inter-token latency and bytes of a batch."""
+    """Return the timings of a batch, and the bytes that one of its steps reads."""
     steps, batch = options.new_tokens - 1, len(decoder.token)
     decoder.run(steps)  # Warm-up.
     runs = [decoder.run(steps) for _ in range(options.repeats)]
     itl = [decode / steps for _, decode in runs]
-    embedding = model.get_input_embeddings().weight
-    tied = embedding.data_ptr() == model.get_output_embeddings().weight.data_ptr()
-    read = held_bytes(model) - (0 if tied else embedding.nbytes) + sum(
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = embedding.weight.data_ptr() == head.weight.data_ptr()
+    read = held_bytes(model) - (0 if tied else embedding.weight.nbytes) + sum(
         layer.keys.nbytes + layer.values.nbytes for layer in decoder.cache)
     return dict(
+        batch=batch, tok_s=summarize([batch / x for x in itl]),
+        itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
+        bandwidth_fraction=read / statistics.median(itl) / bandwidth,
         ttft_s=summarize([prefill for prefill, _ in runs]),
-        latency_s=summarize([prefill + decode for prefill, decode in runs]),
-        decode=dict(batch=batch, tok_s=summarize([batch / x for x in itl]),
-                    itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
-                    bandwidth_fraction=read / statistics.median(itl) / bandwidth))
+        latency_s=summarize([prefill + decode for prefill, decode in runs]))
 
 
 @torch.no_grad()
 def measure_speed(model, prompt: Tensor, options: Options, compiled: bool,
                   bandwidth: float) -> dict:
     """Return speed and memory of continuing a prompt [1, n]; a batch may be "OOM"."""
-    with memory_for("decoding one sequence", "less --new-tokens"):
-        single = Decoder(model, prompt, options.new_tokens, compiled)
-        first = time_batch(single, model, options, bandwidth)
-    decode, seconds = [first["decode"]], single.seconds
-    for batch in options.batch_sizes[1:]:
-        decoder = None  # Frees the one before.
+    single, decode, seconds = None, [], 0
+    for batch in options.batch_sizes:
+        decoder = None  # Frees the one before, unless it is the first.
         try:
             decoder = Decoder(
                 model, prompt, options.new_tokens, compiled, single, batch)
-            decode.append(time_batch(decoder, model, options, bandwidth)["decode"])
+            decode.append(time_batch(decoder, model, options, bandwidth))
             seconds += decoder.seconds
         except Exception as error:
-            if not lacks_memory(error):
+            if single is None or not lacks_memory(error):
                 raise
             decode.append(dict.fromkeys(decode[0]) | dict(batch=batch, error="OOM"))
-    return dict(
-        ttft_s=first["ttft_s"], latency_s=first["latency_s"], decode=decode,
-        decode_tok_s=decode[0]["tok_s"], weights_memory_bytes=held_bytes(model),
+        single = single or decoder
+    first = decode[0]
+    timings = {key: first[key] for key in ("ttft_s", "latency_s")}
+    for entry in decode:  # Prefill is timed for one sequence only.
+        del entry["ttft_s"], entry["latency_s"]
+    return timings | dict(
+        decode=decode, decode_tok_s=first["tok_s"], copy_bandwidth=bandwidth,
+        weights_memory_bytes=held_bytes(model), prompt_tokens=prompt.shape[1],
         peak_memory_bytes=max(filter(None, single.peaks), default=None),
-        compile_seconds=seconds if compiled else None, copy_bandwidth=bandwidth,
-        prompt_tokens=prompt.shape[1])
+        compile_seconds=seconds if compiled else None)
 
 # %% [markdown]
 """
@@ -962,33 +931,33 @@ def describe_run(options: Options, device: torch.device, model_folder: Path,
     parts = dict(
         config=json.loads(json.dumps(asdict(options))),
         machine=describe_machine(device), versions=list_versions(),
-        inputs=dict(model_files=fingerprint(hash_files(model_folder.iterdir())),
+        inputs=dict(model_files=fingerprint(hash_files(model_folder)),
                     eval_tokens=fingerprint(eval_ids.tolist()),
-                    chats=fingerprint(hash_files([chats] if chats else [])),
+                    chats=chats and fingerprint(hash_files(chats)),
                     recipes={v: repr(build_recipe(v, options)) for v in VARIANTS}))
-    conditions = [(name, value) for part in parts.values()
-                  for name, value in part.items() if name not in MAY_DIFFER]
-    return dict(
+    conditions = {name: value for part in parts.values()
+                  for name, value in part.items() if name not in MAY_DIFFER}
+    return parts | dict(
         schema=SCHEMA, command=["python", "quant_lab.py", *words],
         base_model=None if is_local else options.model,
         model_name=model_folder.resolve().name if is_local else options.model,
-        fingerprint=fingerprint(SCHEMA, conditions), **parts)
+        fingerprint=fingerprint(SCHEMA, conditions))
 
 
 def take_over(output: Path, head: dict) -> dict[str, dict]:
     """Return the finished rows of results.json; refuse those of other conditions."""
-    before, there = read_json(output / "results.json"), f"--output-dir {output}: "
+    before, name_out = read_json(output / "results.json"), f"--output-dir {output}: "
     way_out = "name another --output-dir, or --fresh to forget them"
     if (output / "results.json").exists() and before.get("schema") != SCHEMA:
-        stop(f"{there}its results are of another version of this script; {way_out}")
+        stop(f"{name_out}its results are of another version of this script; {way_out}")
     rows = {row["label"]: row for row in before.get("variants", ())
             if row["status"] == "ok"}
     for part in ("config", "inputs", "machine", "versions") if rows else ():
         for name, value in head[part].items():
             old = before[part].get(name)
             if name not in MAY_DIFFER and old != value:
-                flag = name_flag(name) if part == "config" else name
-                stop(f"{there}its finished rows were measured with {flag} {old}, "
+                flag = "--" + name.replace("_", "-") if part == "config" else name
+                stop(f"{name_out}its finished rows were measured with {flag} {old}, "
                      f"not {value}; {way_out}")
     return rows
 
@@ -1014,8 +983,9 @@ def time_variant(label: str, output: Path, prompt: list[int], options: Options,
     """Return speed and memory of a checkpoint, loaded anew."""
     with libraries_to(output / "log.txt"):
         model = place_model(output / "checkpoints" / label, options, device)
-        speed = measure_speed(model, torch.tensor([prompt], device=device), options,
-                              compiled, measure_bandwidth(device))
+        with memory_for("decoding one sequence", "less --new-tokens"):
+            speed = measure_speed(model, torch.tensor([prompt], device=device), options,
+                                  compiled, measure_bandwidth(device))
     how = "compiled" if compiled else "not compiled"
     if compiled and IN_NOTEBOOK:
         how += ", in one process with the others"
@@ -1120,21 +1090,20 @@ COST = (
 def list_tables(config: dict) -> list[tuple]:
     """Return the columns of each table; two batch sizes make one more."""
     columns = []
-    for n in config["batch_sizes"]:
-        if n > 1:
-            columns += [(f"batch {n}", f"tok_s@{n}", 0, 1),
-                        (f"bandwidth {n} %", f"bandwidth_fraction@{n}", 0, 100)]
+    for n in [n for n in config["batch_sizes"] if n > 1]:
+        columns += [(f"batch {n}", f"tok_s@{n}", 0, 1),
+                    (f"bandwidth {n} %", f"bandwidth_fraction@{n}", 0, 100)]
     batches = [columns[k : k + 4] for k in range(0, len(columns), 4)]
     return [QUALITY, SPEED, *batches, COST]
 
 
-def flatten(row: dict) -> dict:
-    """Return the row with the figures of its batches as KEY@BATCH; "OOM" if so."""
-    flat = dict(row)
-    for entry in row["decode"] or ():
-        for key, figure in entry.items():
-            flat[f"{key}@{entry['batch']}"] = entry.get("error") or figure
-    return flat
+def read_figure(row: dict, key: str):
+    """Return a figure of a row, after @ of a batch; None if there is none, or "OOM"."""
+    name, _, batch = key.partition("@")
+    if not batch:
+        return row[name]
+    entry = next((e for e in row["decode"] or () if e["batch"] == int(batch)), {})
+    return entry.get("error") or entry.get(name)
 
 
 def is_noisy(figure) -> bool:
@@ -1163,13 +1132,12 @@ def format_figure(value: float | str | dict, digits: int, unit: float = 1) -> st
 
 def render_cell(row: dict, column: tuple) -> str:
     """Return a figure of a row as text; –: not measured."""
-    _, key, digits, unit = column
-    figure = flatten(row).get(key)
+    figure = read_figure(row, column[1])
     if figure is None:
         return "failed" if row["status"] == "failed" else "–"
-    return format_figure(figure, digits, unit)
+    return format_figure(figure, *column[2:])
 
-# %%
+
 def align_table(lines: list[list[str]]) -> str:
     """Return a Markdown table, aligned for the terminal; the first line is its head."""
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -1192,20 +1160,19 @@ def render_table(rows: list[dict], columns: tuple) -> str:
 def render_tables(results: dict, rows: list[dict]) -> str:
     """Return the tables of some rows, each below how its figures were measured."""
     config, tables = results["config"], list_tables(results["config"])
-    done = [row for row in rows if row["status"] == "ok"]
-    scored, compared, prompt = (
-        done[0]["tokens_scored"], done[0]["kld"]["tokens"], done[0]["prompt_tokens"]
-    ) if done else (0, 0, 0)
+    first = next((row for row in rows if row["status"] == "ok"), dict(
+        tokens_scored=0, kld=dict(tokens=0), prompt_tokens=0))
     captions = [
-        f"Quality on {quote(name_source(config['eval_text']))}: {scored:,} tokens in "
-        f"windows of {config['window']:,}; KLD (nats) and top-1 at {compared:,}. ±: "
-        "half a 95 % interval. size, ratio: bytes and perplexity over the baseline's. "
-        f"tokens: until completions of {len(PROMPTS)} prompts differ from the "
-        f"reference's, {config['new_tokens']} if never. MB: 10^6 bytes.",
+        f"Quality on {quote(Path(config['eval_text']).name)}: "
+        f"{first['tokens_scored']:,} tokens in windows of {config['window']:,}; KLD "
+        "(nats) and top-1 at "
+        f"{first['kld']['tokens']:,}. ±: half a 95 % interval. size, ratio: bytes and "
+        f"perplexity over the baseline's. tokens: until completions of {len(PROMPTS)} "
+        f"prompts differ from the reference's, {config['new_tokens']} if never.",
         f"Speed of one sequence, median (least–greatest) of {config['repeats']}: TTFT "
-        f"after a prompt of {prompt} tokens, latency of {config['new_tokens']} tokens, "
-        "tokens/s after the first, bandwidth as a part of what copying reaches. noisy: "
-        f"greatest over {NOISE_LIMIT} times the least, too noisy to rank.",
+        f"of {first['prompt_tokens']} tokens, latency of {config['new_tokens']} more; "
+        "bandwidth: a step's bytes over its time, as a part of what copying reaches. "
+        f"noisy: greatest over {NOISE_LIMIT} times the least, too noisy to rank.",
         *["Several sequences at once: tokens/s, bandwidth."] * (len(tables) - 3),
         "Cost: weights in memory after running, peak memory in a prefill or a step."]
     return "\n\n".join(f"{fill(caption)}\n\n{render_table(rows, columns)}"
@@ -1214,13 +1181,15 @@ def render_tables(results: dict, rows: list[dict]) -> str:
 # %%
 def relate(row: dict, base: dict, key: str) -> tuple[float | None, str]:
     """Return a figure over the baseline's, and as text; None where there is none."""
-    mine, theirs = flatten(row).get(key), flatten(base).get(key)
-    if is_noisy(mine) or is_noisy(theirs):
+    figures = read_figure(row, key), read_figure(base, key)
+    if row["status"] == "failed":
+        return None, "failed"
+    if any(map(is_noisy, figures)):
         return None, "too noisy to rank"
     mine, theirs = (next(iter(figure.values())) if isinstance(figure, dict) else figure
-                    for figure in (mine, theirs))
+                    for figure in figures)
     if mine in (None, "OOM") or theirs in (None, "OOM", 0):
-        return None, "failed" if row["status"] == "failed" else "–"
+        return None, "–"
     return mine / theirs, f"{mine / theirs:.3f}"
 
 
@@ -1235,11 +1204,10 @@ def render_result(label: str, results: dict) -> str:
     shown = [base, row] if label != BASELINE and base["status"] == "ok" else [row]
     lines = [["", *(one["label"] for one in shown), "ratio"]]
     for column in (QUALITY[0], QUALITY[2], QUALITY[4], SPEED[2], COST[0]):
-        title, key, *_ = column
-        ratio = relate(row, base, key)[1]
-        if key == "perplexity_interval":  # Paired with the reference: ± is narrow.
-            ratio = format_figure(row["perplexity_ratio"], 4)
-        lines.append([title, *(render_cell(one, column) for one in shown), ratio])
+        ratio = relate(row, base, column[1])[1]
+        if column is QUALITY[2]:  # Paired with the reference: its ± is narrow.
+            ratio = render_cell(row, QUALITY[3])
+        lines.append([column[0], *(render_cell(one, column) for one in shown), ratio])
     return "\n\n".join([align_table(lines), fill(f"Runs as: {row['runs_as']}"),
                         render_completions(shown, 0)])
 
@@ -1248,8 +1216,7 @@ def name_best(what: str, rows: list[dict], key: str, largest=False) -> str:
     """Say which variant is best at what; several, where their ranges share a value."""
     ranges, noisy = {}, []
     for row in rows:
-        figure = flatten(row).get(key)
-        low = high = figure
+        low = high = figure = read_figure(row, key)
         if isinstance(figure, dict):
             low, high = list(figure.values())[1:3]
         if is_noisy(figure):
@@ -1273,7 +1240,7 @@ def list_best(rows: list[dict]) -> list[str]:
     batch = max(e["batch"] for row in done for e in row["decode"] if e["tok_s"])
     lines = [name_best("Smallest", done, "weight_bytes"),
              name_best("Closest to the reference by KLD", quantized, "kld"),
-             name_best("Fastest for one sequence", done, "tok_s@1", largest=True)]
+             name_best("Fastest for one sequence", done, "decode_tok_s", largest=True)]
     if batch > 1:
         lines.append(name_best(f"Fastest for a batch of {batch}", done,
                                f"tok_s@{batch}", largest=True))
@@ -1287,20 +1254,20 @@ def render_verdict(rows: list[dict]) -> str:
         label, ratio = row["label"], row["perplexity_ratio"]
         if row["error"]:
             lines.append(f"{label} failed: {quote(row['error'])}")
+        elif label != BASELINE and ratio["low"] is None:
+            lines.append(f"{label}: too few windows, no difference can be claimed.")
+        elif label != BASELINE and ratio["low"] <= 1 <= ratio["high"]:
+            lines.append(f"{label} cannot be distinguished from the reference in "
+                         f"perplexity, at most {ratio['high']:.4f} times; KLD "
+                         f"{format_figure(row['kld'], 5)}.")
         elif label != BASELINE:
-            remark = ""
-            if ratio["low"] is None:
-                remark = " (too few windows: no difference can be claimed)"
-            elif ratio["low"] <= 1 <= ratio["high"]:
-                remark = " (no difference that this text could show)"
-            lines.append(
-                f"{label} multiplies perplexity by {format_figure(ratio, 4)}{remark}; "
-                f"KLD {format_figure(row['kld'], 5)}.")
+            lines.append(f"{label} multiplies perplexity by {format_figure(ratio, 4)}; "
+                         f"KLD {format_figure(row['kld'], 5)}.")
         elif row["kld"]["mean"]:
-            lines.append(f"Warning: {label} differs from the reference, KLD "
-                         f"{row['kld']['mean']:.1e}.")
+            lines.append(f"Warning: {label} is not the reference, KLD "
+                         f"{row['kld']['mean']:.1e}: that is the noise.")
         if row["rtn_fallbacks"]:
-            lines.append(f"{label}: {row['rtn_fallbacks']} modules fell back "
+            lines.append(f"Warning: {label}, {row['rtn_fallbacks']} modules fell back "
                          "to round-to-nearest: more --dampening or chats may help.")
     return "\n".join(fill(line, "- ") for line in lines)
 
@@ -1330,9 +1297,6 @@ equal the emulated ones bit for bit.
 """
 
 # %%
-EIGHT_BITS = dict(int8=torch.int8, fp8=torch.float8_e4m3fn)
-
-
 def read_e4m3(code: Tensor) -> Tensor:
     """Return float16 values of finite FP8 E4M3 codes held as int8: moves bit fields."""
     return ((code.to(torch.int16) << 7) & ~(1 << 14)).view(torch.float16) * 2**8
@@ -1417,31 +1381,23 @@ class PackedLinear(torch.nn.Module):
         route, dense = self.choose_route(tokens), self.kind == "dense"
         short = DTYPES[str((self.weight if dense else self.scale).dtype)[6:]]
         kind = short if dense else self.kind
-        if route is Route.REGISTERS:
-            return f"{kind}→{'int32' if kind == 'int8' else 'fp32'} in registers"
-        if route is Route.DENSE:
-            return short
-        if route is Route.TENSOR_CORES:
-            return f"{kind} tensor cores"
-        why = "tensor cores need SM {}.{}".format(*TENSOR_CORES_FROM[kind])
-        if self.sm == (0, 0):
-            why = "a CPU"
-        elif any(size % 16 for size in self.weight.shape):
+        why = "a CPU" if self.sm == (0, 0) else dict(
+            int4="PyTorch multiplies no int4", int8="tensor cores need SM 7.5",
+            fp8="tensor cores need SM 8.9").get(kind)
+        if any(size % 16 for size in self.weight.shape) and self.sm > (0, 0):
             why = "16 does not divide its width"
-        elif kind == "int4":
-            why = "PyTorch multiplies no int4"
-        return f"dequantized to {short} ({why})"
+        return {
+            Route.DENSE: short, Route.REGISTERS: (
+                f"{kind}→{'int32' if kind == 'int8' else 'fp32'} in registers"),
+            Route.TENSOR_CORES: f"{kind} tensor cores",
+            Route.DEQUANTIZED: f"dequantized to {short} ({why})"}[route]
 
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype, kind, x_scale = x.shape, x.dtype, self.kind, None
         x = x.reshape(-1, shape[-1])
         route = self.choose_route(len(x))
-        if kind in EIGHT_BITS:
-            wide = shape[-1] > 4096 and (self.native or kind == "int8")
-            if wide and route is Route.REGISTERS:
-                x, x_scale = round_row(kind, x)
-            else:
-                x, x_scale = round_activations(kind, x, self.native)
+        if kind in ("int8", "fp8"):
+            x, x_scale = round_activations(kind, x, self.native)
         if route is Route.DENSE:
             y = F.linear(x, self.weight, self.bias)
         elif route is Route.DEQUANTIZED:
@@ -1491,26 +1447,10 @@ def pack_linear(linear: torch.nn.Module, sm: tuple[int, int]) -> PackedLinear:
     return PackedLinear(kind, weight, scale, linear.bias, sm)
 
 
-def fuse_linears(parent: torch.nn.Module, names: tuple, sm: tuple[int, int]) -> None:
-    """Make one product of a module's PackedLinears that read the same input."""
-    parts = [getattr(parent, name, None) for name in names]
-    if not all(isinstance(part, PackedLinear) for part in parts) or len(
-            {(p.kind, p.weight.shape[1], p.bias is None) for p in parts}) > 1:
-        return
-    tensors = [None if getattr(parts[0], name) is None else
-               torch.cat([getattr(part, name) for part in parts])
-               for name in ("weight", "scale", "bias")]
-    fused, begin = PackedLinear(parts[0].kind, *tensors, sm), 0
-    for name, part in zip(names, parts):
-        end = begin + len(part.weight)
-        setattr(parent, name, FusedSlice(fused, begin, end))
-        begin = end
-
-
 def pack_model(model, sm: tuple[int, int]) -> None:
     """Put a PackedLinear in the place of each quantized Linear; on a GPU, of all.
 
-    There q, k and v become one product, and gate and up.
+    There, those that read the same input become one product: q, k and v, gate and up.
     """
     if hook := getattr(model, "ct_decompress_hook", None):
         hook.remove()
@@ -1520,11 +1460,21 @@ def pack_model(model, sm: tuple[int, int]) -> None:
         if dense or getattr(module, "quantization_scheme", None):
             model.set_submodule(name, pack_linear(module, sm))
             module._parameters.clear()  # Or a reference cycle would keep them.
-    parents = [m for m in model.modules() if not isinstance(m, PackedLinear)]
-    for parent in parents if sm > (0, 0) else ():
-        fuse_linears(parent, ("q_proj", "k_proj", "v_proj"), sm)
-        fuse_linears(parent, ("gate_proj", "up_proj"), sm)
-
+    same_input = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+    for parent, names in product(list(model.modules()), same_input):
+        parts = [getattr(parent, name, None) for name in names]
+        if sm == (0, 0) or not all(isinstance(part, PackedLinear) for part in parts):
+            continue
+        if len({(p.kind, p.weight.shape[1], p.bias is None) for p in parts}) > 1:
+            continue
+        tensors = [None if getattr(parts[0], name) is None else
+                   torch.cat([getattr(part, name) for part in parts])
+                   for name in ("weight", "scale", "bias")]
+        fused, begin = PackedLinear(parts[0].kind, *tensors, sm), 0
+        for name, part in zip(names, parts):
+            end = begin + len(part.weight)
+            setattr(parent, name, FusedSlice(fused, begin, end))
+            begin = end
 
 def place_model(folder: Path, options: Options, device: torch.device):
     """Return a causal LM on the device, packed unless execution is emulated."""
@@ -1600,25 +1550,6 @@ def row_kernel(x, weight, scale, x_scale, bias, y, outputs, width, GROUP: tl.con
 
 # %%
 @jit
-def round_kernel(x, y, scale, width, KIND: tl.constexpr, BLOCK: tl.constexpr):
-    top = tl.zeros([16 * BLOCK], tl.float32)
-    for begin in range(0, width, 16 * BLOCK):  # Each program finds the scale.
-        at = begin + tl.arange(0, 16 * BLOCK)
-        value = tl.load(x + at, mask=at < width, other=0).to(tl.float32)
-        top = tl.maximum(top, tl.abs(value))
-    limit = 127.5 if KIND == "int8" else 448.0
-    unit = (tl.max(top) / limit).to(scale.dtype.element_ty)
-    tl.store(scale, unit)
-    unit = tl.where(unit == 0, 1.0, unit.to(tl.float32))
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + at, mask=at < width, other=0).to(tl.float32) / unit
-    value = value.to(x.dtype.element_ty).to(tl.float32)
-    if KIND == "int8":  # Such a sum has no room for a fraction.
-        value = (tl.clamp(value, -128.0, 127.0) + 1.5 * 2**23) - 1.5 * 2**23
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=at < width)
-
-
-@jit
 def int8_kernel(x, weight, scale, x_scale, bias, y, tokens, outputs, width,
                 M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
     a = tl.program_id(0) * M + tl.arange(0, M)[:, None]
@@ -1643,12 +1574,9 @@ def choose_tile(kind: str, outputs: int, width: int) -> tuple[int, int, int]:
     many, few = outputs > 8192, outputs < 2048
     if kind == "dense":
         return (2, 1024, 4) if width <= 2048 else (2, 2048, 8)
-    if kind == "int4" and many:
-        return 4, 128, 1
-    if kind == "int4" and width > 128:
-        return (2, 1024, 8) if few else (4, 512, 4)
     if kind == "int4":
-        return 2, 128, 1
+        small = (4, 128, 1) if many else (2, 128, 1)
+        return small if many or width <= 128 else (2, 1024, 8) if few else (4, 512, 4)
     if kind == "int8" and width <= 256:
         return (16, 128, 8) if many else (2, 256, 1)
     if kind == "int8":
@@ -1681,39 +1609,16 @@ def multiply(kind: str, x: Tensor, weight: Tensor, scale: Tensor | None,
     return y
 
 
-@torch.library.custom_op("quant_lab::round_row", mutates_args=())
-def round_row(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Round a wide row [1, in] as `round_activations` does, in one kernel."""
-    y, scale = x.new_empty(x.shape, dtype=EIGHT_BITS[kind]), x.new_empty(1, 1)
-    round_kernel[(triton.cdiv(x.shape[1], 256),)](
-        x, y, scale, x.shape[1], kind, 256, num_warps=8)
-    return y, scale
-
-
-@torch.library.custom_op("quant_lab::multiply_fp8", mutates_args=())
-def multiply_fp8(x: Tensor, weight: Tensor, guard: Tensor,
-                 dtype: torch.dtype) -> Tensor:
-    """Return x [n, in] @ weight [out, in].T, both FP8 and times guard, in dtype.
-
-    An operator of its own, since torch.compile cannot trace F.scaled_mm in torch 2.11.
-    """
-    by = F.ScalingType.TensorWise
-    return F.scaled_mm(x, weight.t(), guard, by, guard, by, output_dtype=dtype)
-
-
 multiply.register_fake(lambda kind, x, weight, scale, x_scale, bias, dtype: (
-    x.new_empty(len(x), len(weight), dtype=dtype)))
-round_row.register_fake(lambda kind, x: (
-    x.new_empty(x.shape, dtype=EIGHT_BITS[kind]), x.new_empty(1, 1)))
-multiply_fp8.register_fake(lambda x, weight, guard, dtype: (
     x.new_empty(len(x), len(weight), dtype=dtype)))
 
 
 def multiply_by_pytorch(linear, x: Tensor, x_scale: Tensor, dtype) -> Tensor:
     """Return x [n, in] times an 8-bit weight, scaled, plus bias, [n, out]."""
     if linear.kind == "fp8":
-        y = multiply_fp8(x, linear.weight.view(x.dtype), linear.guard, dtype)
-        y = y.float() / linear.guard**2
+        guard, weight = linear.guard, linear.weight.view(x.dtype).t()
+        y = torch._scaled_mm(x, weight, scale_a=guard, scale_b=guard, out_dtype=dtype)
+        y = y.float() / guard**2
     else:
         padding = 32 - len(x) if len(x) <= 16 else 0  # _int_mm wants more than 16 rows.
         y = torch._int_mm(F.pad(x, (0, 0, 0, padding)), linear.weight.t())
@@ -1919,10 +1824,11 @@ def fingerprint(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def hash_files(files) -> dict[str, str]:
-    """Return the SHA-256 of each path that is a file, by name."""
+def hash_files(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of a file, or of each in a folder, by name."""
     return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
-            for file in files if file.is_file()}
+            for file in (folder.iterdir() if folder.is_dir() else [folder])
+            if file.is_file()}
 
 # %%
 def free_memory() -> None:
@@ -1977,6 +1883,10 @@ def llmcompressor_session(lab: Lab, model, passes: int):
         # Left alone, both take the first accelerator, whatever --device says.
         module.get_main_device = lambda: lab.device
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:  # Older models set a temperature without asking to sample.
+        model.generation_config.do_sample = True
     traced, warnings = _symbolic_trace._wrapped_fns_to_patch, []
     before, layers = dict(traced), getattr(model.config, "num_hidden_layers", 1)
     bar = show_progress("calibrating", range(layers * passes))
@@ -2066,16 +1976,11 @@ def fill(text: str, bullet: str = "") -> str:
                          initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
 
-def name_source(text: str) -> str:
-    """Return a hub's data set as it is called, of a path the last part."""
-    return text if text in (WIKITEXT, ULTRACHAT) else Path(text).name
-
-
 def render_card(results: dict) -> str:
     """Return what is run on what, as an indented block."""
     config, machine = results["config"], results["machine"]
-    words = [Path(word).name if word[:1] in ("/", "~", ".") else word
-             for word in results["command"]]
+    # A folder of this machine says nothing to others: of paths, only the last part.
+    words = [re.sub(r"(^|=)[/~.].*/", r"\1", word) for word in results["command"]]
     gpu = (f"SM {machine['compute_capability']}, driver {machine['driver']}"
            if machine["driver"] else f"{machine['threads']} threads")
     facts = dict(
@@ -2106,62 +2011,42 @@ def render_completions(rows: list[dict], number: int) -> str:
 def render_summary(results: dict) -> str:
     """Return summary.md."""
     rows = results["variants"]
-    runs = [fill(f"{row['label']}: {row['runs_as']}", "- ") for row in rows
-            if row["runs_as"]]
     return "\n\n".join([
         f"# quant_lab: {quote(results['model_name'])}", render_card(results),
         f"Measured {results['created']}.", "![Loss, speed, bytes](summary.png)",
         "## Verdict", render_verdict(rows), "## Figures", render_tables(results, rows),
-        "## Run as", "\n".join(runs), "## Greedy completions",
+        "## Run as", "\n".join(fill(f"{row['label']}: {row['runs_as']}", "- ")
+                               for row in rows), "## Greedy completions",
         *(render_completions(rows, n) for n in range(len(PROMPTS)))]) + "\n"
 
 # %%
-def draw_bars(axes, rows: list[dict], base: dict, keys: dict[str, str]) -> None:
-    """Draw horizontal bars of each row relative to the baseline, a shade a figure."""
-    for number, (name, key) in enumerate(keys.items()):
-        places = [k + 0.27 * (number - (len(keys) - 1) / 2) for k in range(len(rows))]
-        ratios, texts = zip(*(relate(row, base, key) for row in rows))
-        bars = axes.barh(places, [ratio or 0 for ratio in ratios], 0.25, label=name,
-                         color=("#1b3a57", "#6f9bc1", "#cfe0ee")[number], edgecolor="k")
-        axes.bar_label(bars, texts, padding=3)
-    axes.axvline(1, color="black", linestyle=":")
-
-
-def draw_loss(axes, rows: list[dict]) -> None:
-    """Draw by how much each row's perplexity exceeds the reference's, in %."""
-    for place, row in enumerate(rows):
-        ratio = row["perplexity_ratio"] or dict(value=math.nan, low=None, high=None)
-        loss, low, high = (
-            100 * (x or math.nan) - 100 for x in list(ratio.values())[:3])
-        axes.errorbar(loss, place, xerr=[[loss - low], [high - loss]], fmt="o",
-                      color="#1b3a57", capsize=4)
-        text = "failed" if row["error"] else f"{loss:+.2f} %"
-        axes.annotate(text, (0 if row["error"] else loss, place), (0, 8), ha="center",
-                      textcoords="offset points")
-    axes.axvline(0, color="black", linestyle=":", label="reference; 95 % intervals")
-
-
 def draw_summary(results: dict):
-    """Return the matplotlib figure of summary.png: loss, speed, bytes."""
+    """Return the matplotlib figure of summary.png: loss, speed, bytes of each row."""
     from matplotlib.figure import Figure
     rows, batch = results["variants"], max(results["config"]["batch_sizes"])
     base = next((row for row in rows if row["label"] == BASELINE), ROW)
-    unit = DTYPES[results["config"]["dtype"]].upper()
+    speed, bytes_ = [SPEED[2], ("", f"tok_s@{batch}")], [QUALITY[0], COST[0]]
+    names = "one sequence", f"batch of {batch}", "on disk", "in memory"
     figure = Figure(figsize=(13, 3 + 0.9 * len(rows)), layout="constrained")
-    loss, speed, size = figure.subplots(1, 3, sharey=True)
-    draw_loss(loss, rows)
-    draw_bars(speed, rows, base, {"one sequence": "tok_s@1"} | (
-        {f"batch of {batch}": f"tok_s@{batch}"} if batch > 1 else {}))
-    draw_bars(size, rows, base, {"on disk": "weight_bytes",
-                                 "in memory": "weights_memory_bytes"})
-    for axes, title in ((loss, "Perplexity over the reference's"),
-                        (speed, f"Tokens/s, {unit} = 1"), (size, f"Bytes, {unit} = 1")):
-        axes.set_title(title)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for number, (_, key, *_) in enumerate(speed + bytes_):
+        if number == 1 and batch == 1:
+            continue
+        places = [place + 0.3 * (number % 2) - 0.15 for place in range(len(rows))]
+        ratios, texts = zip(*(relate(row, base, key) for row in rows))
+        axes = right if number > 1 else left
+        bars = axes.barh(places, [ratio or 0 for ratio in ratios], 0.28, edgecolor="k",
+                         color=("#1b3a57", "#9fc0dc")[number % 2], label=names[number])
+        axes.bar_label(bars, texts, padding=3, bbox=dict(color="white", pad=0.5))
+    for axes, title in (left, "Tokens/s (long is fast)"), (right, "Bytes"):
+        axes.axvline(1, color="black", linestyle=":")
+        axes.set_title(f"{title}, baseline = 1")
         axes.margins(x=0.25)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=2,
                     frameon=False)
-    loss.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    loss.set_ylim(len(rows) - 0.5, -0.5)
+    left.set_yticks(range(len(rows)), [
+        f"{row['label']}\nperplexity × {render_cell(row, QUALITY[3])}" for row in rows])
+    left.set_ylim(len(rows) - 0.5, -0.5)
     name = f"{results['model_name'][-60:]} on {results['machine']['name']}"
     figure.suptitle("\n".join([one_line(name), *list_best(rows)]), parse_math=False)
     return figure
@@ -2170,21 +2055,16 @@ def draw_summary(results: dict):
 def render_model_card(row: dict, results: dict) -> str:
     """Return README.md of a checkpoint's folder, in the format of the hub's cards."""
     from huggingface_hub import ModelCardData
-    label, base, data = row["label"], results["base_model"], ModelCardData()
-    made = "The reference in 16 bits, saved anew."
-    if label != BASELINE:
-        data.tags = ["compressed-tensors", "llmcompressor", row["scheme"].lower()]
-        data.base_model_relation = "quantized" if base else None
-        made = (f"{row['scheme']} of compressed-tensors, made by llmcompressor as "
-                "recipe.yaml says. `vllm serve .` serves it; transformers loads it, "
-                "too, and unpacks it to 16 bits.")
-    data.base_model, data.library_name = base, "transformers"
+    label, base = row["label"], results["base_model"]
+    data = ModelCardData(
+        base_model=base, library_name="transformers",
+        base_model_relation="quantized" if base and label != BASELINE else None,
+        tags=["compressed-tensors", "llmcompressor"] if label != BASELINE else None)
     rows = [one for one in results["variants"] if one["label"] in (BASELINE, label)]
-    return "\n\n".join([
-        f"---\n{data.to_yaml()}\n---",
-        f"# {quote(results['model_name'])}, {row['scheme']}",
-        fill(made + " The licence is the original's."), "## Measured",
-        render_card(results), render_tables(results, rows)]) + "\n"
+    return (f"---\n{data.to_yaml()}\n---\n\n# {quote(results['model_name'])}, "
+            f"{row['scheme']}\n\nWritten by llmcompressor; recipe.yaml says how. "
+            "`vllm serve .` serves it. The licence is the original's.\n\n"
+            f"{render_card(results)}\n\n{render_tables(results, rows)}\n")
 
 
 def collect_results(lab: Lab) -> dict:
@@ -2195,7 +2075,7 @@ def collect_results(lab: Lab) -> dict:
             size = lab.rows[label]["weight_bytes"]
             ratio = size / base if size and base else None
             rows.append(lab.rows[label] | dict(size_ratio=ratio))
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    created = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     return lab.head | dict(created=created, variants=rows)
 
 

@@ -2,11 +2,11 @@
 
 No checkpoint is needed and none is made: the weights are random, in the formats of the
 recipes. A change of the packed execution shows here first; --tune tries other tile
-sizes than those of `row_shape`, one after the other in the model's own step (alone, in
+sizes than those of `choose_tile`, one after the other in the model's own step (alone, in
 a loop, a kernel is fed by other caches and another choice is the fastest):
 
     python tests/bench_decode.py --shape 0.5b
-    python tests/bench_decode.py --shape 7b --kinds plain int4 --profile 20
+    python tests/bench_decode.py --shape 7b --kinds dense int4 --profile 20
     python tests/bench_decode.py --shape 7b --kinds fp8 --tune 60
 """
 
@@ -25,15 +25,15 @@ sys.path[:0] = map(str, (Path(__file__).resolve().parents[1], Path(__file__).par
 import quant_lab  # noqa: E402
 from make_checkpoint import SHAPES  # noqa: E402
 
-KINDS = "plain", "fp8", "int8", "int4"
+KINDS = "dense", "fp8", "int8", "int4"
 
 
 def random_linear(kind: str, rows: int, width: int, bias, device, sm,
                   dtype=torch.float16):
-    """A PackedLinear of a format with random weights, groups of 128 in INT4."""
+    """Return a PackedLinear with random weights, of INT4 in groups of 128."""
     make = dict(dtype=dtype, device=device)
     scale = torch.rand(rows, width // 128 if kind == "int4" else 1, **make) / 5000 + 1e-5
-    if kind == "plain":
+    if kind == "dense":
         return quant_lab.PackedLinear(
             kind, torch.randn(rows, width, **make) / 50, None, bias, sm)
     if kind == "int4":
@@ -46,7 +46,7 @@ def random_linear(kind: str, rows: int, width: int, bias, device, sm,
 
 
 def random_model(shape: str, kind: str, device):
-    """A Qwen2 of a shape in float16, packed, its decoder layers in the format."""
+    """Return a Qwen2 of a shape in float16, its decoder layers packed in the format."""
     sm = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
@@ -54,7 +54,7 @@ def random_model(shape: str, kind: str, device):
         model = Qwen2ForCausalLM(Qwen2Config(**SHAPES[shape])).eval()
     torch.set_default_dtype(torch.float32)
     for name, linear in list(model.named_modules()):
-        if kind != "plain" and type(linear) is torch.nn.Linear and name != "lm_head":
+        if kind != "dense" and type(linear) is torch.nn.Linear and name != "lm_head":
             packed = random_linear(kind, *linear.weight.shape, linear.bias, device, sm)
             model.set_submodule(name, packed)
     quant_lab.pack_model(model, sm)
@@ -68,7 +68,7 @@ def tune(model, prompt, seconds: float) -> None:
     Each is tried with the best known of the others, the nearest to the present first.
     """
     decoder = quant_lab.Decoder(model, prompt, 64, True)
-    step, rule = partial(quant_lab.Decoder.step, decoder), quant_lab.row_shape
+    step, rule = partial(quant_lab.Decoder.step, decoder), quant_lab.choose_tile
     best, current = {}, None
 
     def choose(kind, rows, width):
@@ -90,7 +90,7 @@ def tune(model, prompt, seconds: float) -> None:
             samples.append(start.elapsed_time(end) / 60)
         return min(samples)
 
-    quant_lab.row_shape = choose
+    quant_lab.choose_tile = choose
     print(f"as chosen {milliseconds():.4f} ms a step")
     for product in list(best):
         before, begin = best[product], time.perf_counter()
@@ -108,11 +108,11 @@ def tune(model, prompt, seconds: float) -> None:
         print(f"{product}: {before} was chosen; of {len(found)} tried", ", ".join(
             f"{shape} {ms:.4f}" for ms, shape in sorted(found)[:6]), flush=True)
     print(f"with the best of each {milliseconds():.4f} ms")
-    quant_lab.row_shape = rule
+    quant_lab.choose_tile = rule
 
 
-def bench(kind: str, args: argparse.Namespace, bandwidth: float) -> dict:
-    """Print the figures of a random model in a format; nothing to return."""
+def bench(kind: str, args: argparse.Namespace, bandwidth: float) -> None:
+    """Print the figures of a random model in a format."""
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     options = quant_lab.Options(new_tokens=args.new_tokens, repeats=args.repeats,
@@ -120,8 +120,7 @@ def bench(kind: str, args: argparse.Namespace, bandwidth: float) -> dict:
     model = random_model(args.shape, kind, device)
     prompt = torch.arange(args.prompt, device=device)[None] % 1000 + 1000
     if args.tune:
-        tune(model, prompt, args.tune)
-        return {}
+        return tune(model, prompt, args.tune)
     speed = quant_lab.measure_speed(model, prompt, options, cuda, bandwidth)
     print(f"{kind:6} {speed['weights_memory_bytes'] / 1e6:8,.0f} MB  "
           f"TTFT {1000 * speed['ttft_s']['median']:7.2f} ms", *(
@@ -140,7 +139,6 @@ def bench(kind: str, args: argparse.Namespace, bandwidth: float) -> dict:
                 print(profile.key_averages().table(
                     sort_by=f"self_{device.type}_time_total", max_name_column_width=70,
                     row_limit=args.profile))
-    return {}
 
 
 def main() -> None:
@@ -165,9 +163,10 @@ def main() -> None:
     torch.cuda.empty_cache()
     for kind in args.kinds:
         job = partial(bench, kind, args, bandwidth)
-        failed = (quant_lab.run_apart(job) if device.type == "cuda" else job()).get("failed")
-        if failed:
-            print(kind, failed)
+        try:
+            quant_lab.run_apart(job) if device.type == "cuda" else job()
+        except Exception as error:  # The other formats may fit.
+            print(f"{kind:6} failed: {quant_lab.describe(error)}", flush=True)
 
 
 if __name__ == "__main__":

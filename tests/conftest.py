@@ -1,6 +1,13 @@
+"""Share what several test files need: paths, small models and texts, ways to run the lab."""
+
+import gc
 import importlib.util
+import json
 import os
 import runpy
+import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "quant_lab.py"
 TINY = ROOT / "tests" / "tiny-qwen2"
 SHARED = ROOT.parent / "shared" / "data"
+LABELS = ["00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16", "03_smoothquant_w8a8"]
+CONTROL = "rtn_w4a16"
 
+os.environ["OMP_NUM_THREADS"] = "1"  # Threads cost a tiny model more than they save.
 os.environ["HF_HUB_OFFLINE"] = "1"  # Tests that want the stand-in hub say so themselves.
 sys.path.insert(0, str(ROOT))
 
@@ -32,6 +42,48 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
 
 
+def load_by_path(name):
+    """Return a module of tests/ by its name."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_strict(file):
+    """Return the content of a JSON file; ValueError if it holds NaN or Infinity."""
+    def refuse(word):
+        raise ValueError(f"{word} is not JSON")
+
+    return json.loads(Path(file).read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def run_process(*words, folder=ROOT, script=SCRIPT, **environment):
+    """Run the script in a process of its own; a variable that is None is unset."""
+    variables = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
+    return subprocess.run(
+        [sys.executable, str(script), *map(str, words)], capture_output=True, text=True,
+        encoding="utf-8", env=variables, stdin=subprocess.DEVNULL, cwd=folder)
+
+
+def run_all(lab):
+    """Run all variants of a lab as the script's cells do; return the results."""
+    import quant_lab
+
+    for label in quant_lab.VARIANTS:
+        quant_lab.run_variant(label, lab)
+    return quant_lab.collect_results(lab)
+
+
+@pytest.fixture(scope="session")
+def quick_collection():
+    """Let garbage collection, of which each load asks one, skip the imported modules."""
+    from datasets import Dataset  # noqa: F401
+    from llmcompressor import oneshot  # noqa: F401
+
+    gc.freeze()
+
+
 @pytest.fixture
 def run_script(monkeypatch, capfd):
     """Run the script in this process as `python quant_lab.py WORDS` would."""
@@ -39,22 +91,17 @@ def run_script(monkeypatch, capfd):
     def run(*words):
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, words)])
         capfd.readouterr()
-        code, names = 0, {}
+        code, names, handler = 0, {}, signal.getsignal(signal.SIGINT)
         try:
             names = runpy.run_path(str(SCRIPT), run_name="__main__")
         except SystemExit as end:
             code = end.code or 0
+        finally:
+            signal.signal(signal.SIGINT, handler)
         out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err, names=names)
 
     return run
-
-
-def load_by_path(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -64,6 +111,7 @@ def small(tmp_path_factory):
 
 
 def make_small(folder, hidden, **changes):
+    """Write a random Qwen2 of one layer with the tiny model's tokenizer; return its folder."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -87,8 +135,6 @@ def make_small(folder, hidden, **changes):
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     """A text of some 700 tokens and a file of 12 chats, the quickest inputs."""
-    import json
-
     folder = tmp_path_factory.mktemp("texts")
     (folder / "eval.txt").write_text("A list holds values in order. " * 80, encoding="utf-8")
     lines = [json.dumps({"messages": [
@@ -100,31 +146,51 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture
-def quick(small, texts, tmp_path):
+def quick(small, texts, tmp_path, quick_collection):
     """Words of a complete run that takes seconds."""
+    return [*quick_words(small, texts), "--output-dir", tmp_path / "out"]
+
+
+def quick_words(small, texts):
+    """Return the words of the quick run but for its output folder."""
     return ["--model", small, "--eval-text", texts / "eval.txt", "--window", 64,
             "--calibration-data", texts / "chats.jsonl", "--calibration-length", 64,
-            "--new-tokens", 4, "--repeats", 2, "--batch-sizes", 1, "--device", "cpu",
-            "--output-dir", tmp_path / "out"]
+            "--new-tokens", 4, "--repeats", 2, "--batch-sizes", 1, "--device", "cpu"]
 
 
 @pytest.fixture
-def lab(quick, tmp_path):
-    """Build the lab of the quick run; words are options on top."""
-
-    import torch
-
+def lab(quick):
+    """Set up the lab of the quick run; words are options on top."""
     import quant_lab
 
-    def build(*words):
-        options = quant_lab.parse_options([str(word) for word in (*quick, *words)])
-        device = torch.device("cpu")
-        machine = quant_lab.describe_machine(device)
-        output = quant_lab.prepare_output(options, machine)
-        folder, tokenizer, context = quant_lab.open_model(options)
-        return quant_lab.Lab(
-            options, device, machine, quant_lab.list_versions(), output, folder, tokenizer,
-            quant_lab.load_evaluation(options, tokenizer, context),
-            quant_lab.load_calibration(options, tokenizer, context))
+    return lambda *words: quant_lab.set_up([str(word) for word in (*quick, *words)])
 
-    return build
+
+@pytest.fixture(scope="session")
+def finished_run(small, texts, tmp_path_factory, quick_collection):
+    """Finish the quick run once."""
+    import quant_lab
+
+    folder = tmp_path_factory.mktemp("finished")
+    words = [*quick_words(small, texts), "--output-dir", folder]
+    run_all(quant_lab.set_up([str(word) for word in words]))
+    return folder
+
+
+@pytest.fixture
+def finished(finished_run, tmp_path):
+    """Copy the finished quick run to where `quick` and `lab` go on; return the folder."""
+    return shutil.copytree(finished_run, tmp_path / "out")
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """Run the whole demo once, on the CPU, with as many threads as PyTorch takes."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("demo")
+    device = ["--device", "cpu"] if torch.cuda.is_available() else []
+    done = run_process("--demo", "--output-dir", folder, *device, OMP_NUM_THREADS=None)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SimpleNamespace(out=done.stdout, err=done.stderr, folder=folder,
+                           results=read_strict(folder / "results.json"))

@@ -109,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content_Range"] = f"bytes {begin}-{end}/{len(content)}"
             content, status = content[begin : end + 1], 206
         if self.command == "GET":
-            self.server.sent[f"{repo}/{path}"] += len(content)
+            self.server.sent[f"{repo}/{path}"] += len(content) // (2 if self.cut else 1)
         if self.cut:  # Half of it, and the line goes dead.
             self.send_response(status)
             for name, value in headers.items():

@@ -1,60 +1,70 @@
-"""Run the script as `python quant_lab.py WORDS` and die by SIGKILL at a step.
+"""Run the script as `python quant_lab.py WORDS` again and again, ended at a step each time.
 
-    python tests/kill.py EVENT PHASE NUMBER WORDS
+    python tests/kill.py "EVENT PHASE NUMBER, ..." WORDS
 
-dies before or after the call `NUMBER` (from 1) of a library's function that the script
-calls there, or, `half`, once the file of weights is half written. The script itself is
-run as it is.
+ends each run before or after call NUMBER (from 1) of a library's function that the script
+calls at that step, by SIGKILL; PHASE half: once half of the file of weights is written;
+interrupt: by Ctrl-C before the call. The script is run as it is, in forks of this process,
+so the libraries are imported once. "ended CODE" is printed after each run.
 """
 
 import os
 import runpy
 import signal
+import statistics
 import sys
 from pathlib import Path
 
+import datasets  # noqa: F401
+import llmcompressor
+import matplotlib.figure  # noqa: F401
+import transformers
+import transformers.modeling_utils as modeling
+
 ROOT = Path(__file__).resolve().parents[1]
+EVENTS = dict(
+    quantize=(llmcompressor, "oneshot", None),
+    save=(modeling.PreTrainedModel, "save_pretrained", None),
+    weights=(modeling, "safe_save_file", None),
+    rename=(Path, "rename", None),
+    complete=(transformers.GenerationMixin, "generate", None),
+    time=(statistics, "median", None),
+    note=(Path, "replace", "quant_lab.partial"),
+    results=(Path, "replace", "results.partial"))
 
 
-def main(event: str, phase: str, number: str, *words: str) -> None:
-    import statistics
+def die_at(event: str, phase: str, number: int) -> None:
+    """Let a call of the event's function end this process."""
+    owner, name, file = EVENTS[event]
+    real, left = getattr(owner, name), number
 
-    import llmcompressor
-    import transformers.modeling_utils as modeling
-    from transformers import GenerationMixin
+    def deadly(*inputs, **named):
+        nonlocal left
+        left -= file is None or inputs[0].name == file
+        if not left and phase in ("before", "interrupt"):
+            os.kill(os.getpid(), signal.SIGKILL if phase == "before" else signal.SIGINT)
+        result = real(*inputs, **named)
+        if not left:
+            if phase == "half":
+                weights = Path(inputs[1])
+                os.truncate(weights, weights.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
-    left = int(number)
+    setattr(owner, name, deadly)
 
-    def wrap(name, owner, function, matches=lambda *arguments: True):
-        real = getattr(owner, function)
 
-        def wrapped(*arguments, **named):
-            nonlocal left
-            here = name == event and matches(*arguments)
-            left -= here
-            if here and not left and phase == "before":
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*arguments, **named)
-            if here and not left:
-                if phase == "half":
-                    file = Path(arguments[1])
-                    os.truncate(file, file.stat().st_size // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        setattr(owner, function, wrapped)
-
-    wrap("quantize", llmcompressor, "oneshot")
-    wrap("save", modeling.PreTrainedModel, "save_pretrained")
-    wrap("weights", modeling, "safe_save_file")
-    wrap("rename", Path, "rename")
-    wrap("complete", GenerationMixin, "generate")
-    wrap("time", statistics, "median")
-    wrap("note", Path, "replace", lambda path, _: path.name == "quant_lab.partial")
-    wrap("results", Path, "replace", lambda path, _: path.name == "results.partial")
+def main(steps: str, *words: str) -> None:
     script = str(ROOT / "quant_lab.py")
-    sys.argv = [script, *words]
-    runpy.run_path(script, run_name="__main__")
+    for step in steps.split(","):
+        event, phase, number = step.split()
+        if not (child := os.fork()):
+            die_at(event, phase, int(number))
+            sys.argv = [script, *words]
+            runpy.run_path(script, run_name="__main__")
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print("ended", os.waitstatus_to_exitcode(status), flush=True)
 
 
 if __name__ == "__main__":

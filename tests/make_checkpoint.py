@@ -3,7 +3,7 @@
 The shapes of Qwen2.5 serve as stand-ins where the real weights are out of reach: bytes
 and speed depend on the shape alone, quality figures need training. `tiny` is the model
 of `python quant_lab.py --demo`; this made it, in two and a half minutes on an H100, from
-the text that `python_documents` gives under Python 3.11:
+the text that `python_documents` gives under Python 3.11.7:
 
     python tests/make_checkpoint.py --shape tiny --steps 3000 --batch 64 --rate 5e-3 \\
         --out tests/tiny-qwen2
@@ -12,15 +12,22 @@ and these make benchmarks of the real shapes:
 
     python tests/make_checkpoint.py --shape 0.5b --tokenizer FOLDER --out FOLDER
     python tests/make_checkpoint.py --shape 7b --tokenizer FOLDER --out FOLDER
+
+The demo's texts, too, were made here, of the help of Python 3.11.7 (another has another):
+
+    python tests/make_checkpoint.py --demo-texts tests/demo
 """
 
 import argparse
 import ast
 import importlib.util
+import json
 import math
+import re
 import sys
 import sysconfig
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -33,9 +40,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from quant_lab import python_help  # noqa: E402
-
+DEMO = Path(__file__).resolve().parent / "demo"
 SHAPES = {
     "tiny": dict(
         vocab_size=2048, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
@@ -62,8 +67,41 @@ CHATML = (
 )
 
 
+def read_help() -> tuple[list[list[dict]], str]:
+    """Return chats and a held-out text of the topics of this Python's help.
+
+    An eighth of the topics is held out: the demo scores a model on them, the chats
+    train it and calibrate.
+    """
+    from pydoc_data.topics import topics
+    texts = {name: re.sub(r"\n[^\w\s]{4,}\n", "\n", topics[name].strip())
+             for name in sorted(topics)}
+    held_out = [name for name in texts if zlib.crc32(name.encode()) % 8 == 6]
+    text = "\n\n".join(map(texts.pop, held_out))
+    # Topics quote each other: no chat may share a long line with the held-out text.
+    lines = {s for line in text.split("\n") if len(s := line.strip()) >= 40}
+    chats = []
+    for name, topic in texts.items():
+        kept = [paragraph for paragraph in topic.split("\n\n")
+                if lines.isdisjoint(line.strip() for line in paragraph.split("\n"))]
+        for part, begin in enumerate(range(0, len(kept), 4), 1):
+            chats.append([
+                dict(role="user", content=f"Explain {name} in Python, part {part}."),
+                dict(role="assistant", content="\n\n".join(kept[begin : begin + 4]))])
+    return chats, text
+
+
+def write_demo_texts(folder: Path) -> None:
+    """Write chats.jsonl and eval.txt of `read_help`."""
+    chats, text = read_help()
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(messages=chat), ensure_ascii=False) + "\n" for chat in chats]
+    for name, content in (("chats.jsonl", "".join(lines)), ("eval.txt", text)):
+        (folder / name).write_text(content, encoding="utf-8", newline="\n")
+
+
 def docstrings(folder: Path) -> list[str]:
-    """Docstrings of 80 characters or more of the Python files below a folder."""
+    """Return docstrings of 80 characters or more of the Python files below a folder."""
     found = []
     kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     for file in sorted(folder.rglob("*.py")):
@@ -83,13 +121,15 @@ def docstrings(folder: Path) -> list[str]:
 
 
 def python_documents() -> list[str]:
-    """English about Python: the demo's chats and docstrings of what is installed.
+    """Return English about Python: the demo's chats, docstrings of what is installed.
 
     The demo scores a model on topics of Python's help that it holds out; a document
     that shares a line of 40 characters or more with them is left out. The standard
     library counts three times, being closest to what is scored.
     """
-    chats, held_out = python_help()
+    held_out = (DEMO / "eval.txt").read_text(encoding="utf-8")
+    with (DEMO / "chats.jsonl").open(encoding="utf-8") as stream:
+        chats = [json.loads(line)["messages"] for line in stream]
     near = ["".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n"
                     for turn in chat) for chat in chats]
     near += docstrings(Path(sysconfig.get_paths()["stdlib"]))
@@ -157,7 +197,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", help="folder to write the checkpoint to")
+    parser.add_argument("--demo-texts", metavar="FOLDER",
+                        help="write the demo's texts there, of this Python's help")
     parser.add_argument("--tokenizer", help="folder of a tokenizer (default: train one)")
     parser.add_argument("--text", help="UTF-8 file to train on, documents apart by\n"
                         f"{SEPARATOR} (default: docstrings and Python's help)")
@@ -170,6 +212,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.demo_texts:
+        return write_demo_texts(Path(args.demo_texts))
+    if not args.out:
+        parser.error("give --out or --demo-texts")
     torch.manual_seed(args.seed)
 
     text = Path(args.text).read_text(encoding="utf-8") if args.text else (

@@ -14,7 +14,7 @@ import quant_lab  # noqa: E402
 
 
 def render_readme(text: str) -> str:
-    """The text with what stands between its markers rendered anew.
+    """Return the text with what stands between its markers rendered anew.
 
     <!-- tables FOLDER --> ... <!-- end --> holds the tables, <!-- picture FOLDER --> the
     picture of that folder of results/.

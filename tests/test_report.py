@@ -1,9 +1,8 @@
-"""Card, picture, model cards, notebook, README: renderings of results.json, and readable."""
+"""Check card, tables, verdict, picture, model cards, notebook: readable, and of results.json."""
 
 import copy
 import itertools
 import json
-import os
 import re
 import sys
 import tomllib
@@ -15,6 +14,9 @@ from conftest import ROOT, SCRIPT, load_by_path
 import quant_lab
 
 COMMITTED = ["demo-cpu", "h100-0.5b"]
+BASE, FP8, INT4, INT8 = ("00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16",
+                         "03_smoothquant_w8a8")
+CONTROL = "rtn_w4a16"
 
 
 def read(name):
@@ -26,14 +28,76 @@ def results(request):
     return read(request.param)
 
 
-def spoil(results):
-    """The demo with a failed variant and the control, which has the size of another."""
-    results = copy.deepcopy(results)
-    rows = results["variants"]
-    rows[-1] = quant_lab.ROW | dict(label=rows[-1]["label"], status="failed", error="no",
-                                    scheme="W8A8")
-    rows.append(copy.deepcopy(rows[-2]) | dict(label="rtn_w4a16"))
+@pytest.fixture
+def calm():
+    """Return the demo's results, every timing narrow."""
+    results = read("demo-cpu")
+    for row in results["variants"]:
+        set_spread(row, 1.02)
     return results
+
+
+def rows_of(results):
+    return {row["label"]: row for row in results["variants"]}
+
+
+def set_spread(row, spread):
+    """Make the greatest of each timing of a row so many times the least."""
+    row["decode_tok_s"] = row["decode"][0]["tok_s"]  # One figure in two places.
+    figures = [row["ttft_s"], row["latency_s"]]
+    for one in row["decode"]:
+        figures += [one["tok_s"], one["itl_ms"]]
+    for figure in figures:
+        low = figure["median"]
+        figure |= dict(min=low, max=spread * low, samples=[low, low, spread * low])
+
+
+def fail(row, error="no"):
+    """Return the row of a variant that failed."""
+    return quant_lab.ROW | dict(
+        label=row["label"], status="failed", scheme=row["scheme"], error=error)
+
+
+def read_tables(text):
+    """Return the cells of the Markdown tables in a text: a dict a table, by row, by title."""
+    tables = []
+    for block in re.findall(r"(?m)(?:^\|.*\n?)+", text):
+        head, _, *lines = ([cell.strip() for cell in line.strip("|").split("|")]
+                           for line in block.strip().split("\n"))
+        tables.append({line[0]: dict(zip(head[1:], line[1:], strict=True))
+                       for line in lines})
+    return tables
+
+
+def find_cell(results, label, title):
+    """Return what the tables say of a variant under a title that but one of them has."""
+    text = quant_lab.render_tables(results, results["variants"])
+    cell, = (table[label][title] for table in read_tables(text) if title in table[label])
+    return cell
+
+
+def read_result(label, results):
+    """Return what is shown after a variant, and its table by title, by column."""
+    text = quant_lab.render_result(label, results)
+    table, = read_tables(text)
+    return text, table
+
+
+def read_best(rows):
+    """Return for each goal of the verdict the variants named best and the noisy ones."""
+    found = {}
+    for line in quant_lab.list_best(rows):
+        goal, _, said = line.partition(": ")
+        best, _, noisy = said.partition("; too noisy to rank: ")
+        found[goal] = set(best.split(" or ")), set(filter(None, noisy.split(", ")))
+    return found
+
+
+def numbers(cell):
+    return [float(word.replace(",", "")) for word in re.findall(r"-?[\d,]*\.?\d+", cell)]
+
+
+# The script's header, the README and other files that repeat something.
 
 
 def test_the_scripts_own_requirements_are_those_of_the_file():
@@ -45,141 +109,375 @@ def test_the_scripts_own_requirements_are_those_of_the_file():
     assert metadata["requires-python"] == ">=3.11"
 
 
+@pytest.mark.parametrize("name", COMMITTED)
+def test_committed_renderings_are_those_of_the_results(name):
+    folder, results = ROOT / "results" / name, read(name)
+    assert results["schema"] == quant_lab.SCHEMA
+    assert (folder / "summary.md").read_text("utf-8") == quant_lab.render_summary(results)
+    for row in results["variants"]:
+        card = folder / "checkpoints" / row["label"] / "README.md"
+        if name == "demo-cpu":
+            assert card.read_text("utf-8") == quant_lab.render_model_card(row, results)
+    assert (folder / "summary.png").stat().st_size > 10_000
+
+
 def test_readme_shows_the_committed_results():
-    """Stale? `python tests/render_readme.py` writes it anew."""
+    """Compare; stale? `python tests/render_readme.py` writes it anew."""
     text = (ROOT / "README.md").read_text("utf-8")
     assert load_by_path("render_readme").render_readme(text) == text
-    for name in ("demo-cpu", "h100-0.5b"):
+    for name in COMMITTED:
         assert f"<!-- tables {name} -->" in text
     assert "<!-- picture demo-cpu -->" in text and "results/demo-cpu/summary.png" in text
 
 
-def test_what_the_readme_says_of_7b_is_what_was_printed():
+def test_the_table_of_7b_is_what_was_printed():
     lines = (ROOT / "results" / "h100-7b" / "decode.txt").read_text("utf-8").split("\n")[1:]
     found = {line.split()[1]: [float(line.split()[k]) for k in (3, 5)]
              for line in lines if line}
-    base, readme = found["plain"], (ROOT / "README.md").read_text("utf-8")
     table = (ROOT / "results" / "h100-7b" / "README.md").read_text("utf-8")
-    for kind, name in dict(fp8="FP8", int8="W8A8", int4="W4A16").items():
-        ttft, step = found[kind]
-        assert f"| {name} | {ttft:.2f} | {base[0] / ttft:.2f} | {step:.3f} | " \
-               f"{base[1] / step:.2f} |" in table
-        assert f"{base[0] / ttft:.2f}" in readme and f"{base[1] / step:.2f}" in readme
+    for kind, name in dict(plain="float16", fp8="FP8", int8="W8A8", int4="W4A16").items():
+        wanted = [y for k in (0, 1) for y in (
+            f"{found[kind][k]:.{2 + k}f}", f"{found['plain'][k] / found[kind][k]:.2f}")]
+        assert f"| {name} | {' | '.join(wanted)} |" in table
 
 
-def test_what_the_readme_says_in_prose_of_the_h100():
-    base, _, int4, int8 = read("h100-0.5b")["variants"]
-    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    held = [f"{row['weights_memory_bytes'] / 1e6:.0f}" for row in (int4, int8, base)]
-    assert "{} MB in W4A16 and {} MB in 8 bits instead of {}".format(*held) in readme
-    one = base["decode"][0]
-    copying = 1000 * one["step_bytes"] / base["copy_bandwidth"]
-    assert f"{copying:.2f} of the {one['itl_ms']['median']:.2f} ms" in readme
+# The card.
 
 
-def test_card_comes_first_and_names_what_is_run(results):
+def test_the_card_names_what_is_run_on_what(results):
     card = quant_lab.render_card(results)
     assert max(map(len, card.split("\n"))) <= 120
-    flat = " ".join(card.split())
-    name = results.get("model_name", results["config"]["model"])
-    for fact in (name, results["machine"]["name"], *(
-            f"{name} {version}" for name, version in results["versions"].items() if version),
-            *(row["label"] for row in results["variants"])):
+    assert all(line.startswith("    ") for line in card.split("\n"))
+    flat, machine = " ".join(card.split()), results["machine"]
+    for fact in (results["model_name"], results["config"]["dtype"], machine["name"],
+                 f"{machine['memory_bytes'] / 2**30:.1f} GiB", *(
+                     f"{name} {version}" for name, version in results["versions"].items()
+                     if version), *(
+                     word for word in results["command"] if word.startswith("--"))):
         assert fact in flat
-    assert f"{results['machine']['memory_bytes'] / 2**30:.1f} GiB" in flat
-    changed = {name for name, value in results["config"].items() if
-               (tuple(value) if isinstance(value, list) else value)
-               != getattr(quant_lab.Options, name)}
-    said = set(re.findall(r"--([a-z-]+)", flat.partition("machine ")[0]))
-    assert said == {name.replace("_", "-") for name in
-                    changed - {"model", "variants", "output_dir"}}
+    assert (f"{machine['threads']} threads" in flat) == (machine["device"] == "cpu")
+    assert (f"driver {machine['driver']}" in flat) == (machine["device"] == "cuda")
 
 
-@pytest.mark.parametrize("name", ["a$b_$c", "x" * 200, "<b>|\x1b[31m\n# no"])
+def test_the_command_on_the_card_gives_the_same_options(results):
+    options = quant_lab.parse_options(results["command"][2:])
+    assert json.loads(json.dumps(vars(options))) == results["config"]
+
+
+@pytest.mark.parametrize("name", ["a$b_$c", "x" * 200, "W" * 70, "<b>|\x1b[31m\n# no\n- no"])
 def test_names_do_no_harm(name):
-    results = copy.deepcopy(read("demo-cpu")) | dict(model_name=name)
-    results["config"] |= dict(model=name, eval_text=f"/home/me/{name}/text.md",
-                              calibration_data=f"/home/me/{name}/chats.jsonl")
+    yaml = pytest.importorskip("yaml")
+    results = read("demo-cpu") | dict(model_name=name, base_model=name)
+    paths = dict(model=name, eval_text=f"/home/me/{name}/text.md",
+                 calibration_data=f"/home/me/{name}/chats.jsonl")
+    results["config"] |= paths
+    results["command"] += [word for option, path in paths.items() for word in (
+        f"--{option.replace('_', '-')}", path)]
+    rows = rows_of(results)
+    for one in rows[FP8]["divergence"]["completions"]:
+        one["completion"] = f"{name}\n\n# no\n```\n</pre>"
+    results["variants"][3] = fail(rows[INT8], f"{name}: no")
     texts = [quant_lab.render_summary(results), *(
-        quant_lab.render_model_card(row, results) for row in results["variants"])]
+        quant_lab.render_result(label, results) for label in rows)]
+    for row in results["variants"]:
+        _, head, body = quant_lab.render_model_card(row, results).split("---\n", 2)
+        assert yaml.safe_load(head)["base_model"] == name
+        texts.append(body)
     for text in texts:
-        assert "\x1b" not in text and "/home/me" not in text and "\n# no" not in text
+        assert "\x1b" not in text and "/home/me" not in text
+        for line in text.split("\n"):
+            if line[:4] != "    ":  # No code.
+                assert "<" not in re.sub("`.*?`", "", line)
+                assert not re.match(r"\s*([#-] no|```)", line)
     figure, renderer = draw(results)
     box = figure._suptitle.get_window_extent(renderer)
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
-def figures_of(row):
-    """All that a table may show of a row, as text, by key."""
-    cells = row | {f"{key}@{one['batch']}": value for one in row["decode"] or ()
-                   for key, value in one.items()}
-    return {quant_lab.show(cells[key], digits, unit) if cells.get(key) is not None else
-            ("–" if row["status"] == "ok" else "failed")
-            for columns in quant_lab.list_tables(dict(batch_sizes=[1, 8, 32]))
-            for _, key, digits, unit in columns}
+@pytest.mark.parametrize("words", [
+    ["--model", "/home/me/model"], ["--model=/home/me/model"], ["--model", "../me/model"],
+    ["--model", "~/me/model"]])
+def test_the_card_keeps_folders_of_the_machine_to_itself(results, words):
+    results["command"] = ["python", "quant_lab.py", *words]
+    card = quant_lab.render_card(results)
+    assert "model" in card.partition("command")[2] and "me/" not in card
+
+
+# Tables.
+
+
+WANTED = {
+    "MB": lambda row: row["weight_bytes"] / 1e6, "size": lambda row: row["size_ratio"],
+    "perplexity": lambda row: row["perplexity_interval"],
+    "ratio": lambda row: row["perplexity_ratio"], "KLD": lambda row: row["kld"],
+    "top-1 %": lambda row: row["top1_agreement"], "tokens": lambda row: row["divergence"],
+    "TTFT ms": lambda row: [1000 * x for x in list(row["ttft_s"].values())[:3]],
+    "latency s": lambda row: row["latency_s"], "tokens/s": lambda row: row["decode_tok_s"],
+    "bandwidth %": lambda row: 100 * row["decode"][0]["bandwidth_fraction"],
+    "batch 8": lambda row: row["decode"][1]["tok_s"],
+    "batch 32": lambda row: row["decode"][2]["tok_s"],
+    "bandwidth 8 %": lambda row: 100 * row["decode"][1]["bandwidth_fraction"],
+    "bandwidth 32 %": lambda row: 100 * row["decode"][2]["bandwidth_fraction"],
+    "weights MB": lambda row: row["weights_memory_bytes"] / 1e6,
+    "peak MB": lambda row: row["peak_memory_bytes"] and row["peak_memory_bytes"] / 1e6,
+    "quantize s": lambda row: row["quantize_seconds"],
+    "load s": lambda row: row["load_seconds"], "compile s": lambda row: row["compile_seconds"]}
 
 
 def test_every_cell_of_every_table_is_a_figure_of_its_row(results):
-    summary, seen = quant_lab.render_summary(results), 0
+    seen = set()
+    for table in read_tables(quant_lab.render_summary(results)):
+        assert list(table) == [row["label"] for row in results["variants"]]
+        for row in results["variants"]:
+            for title, cell in table[row["label"]].items():
+                seen.add(title)
+                figure = WANTED[title](row)
+                if figure is None:
+                    assert cell == "–", title
+                    continue
+                if isinstance(figure, dict):
+                    figure = list(figure.values())[:3]
+                middle, *ends = figure if isinstance(figure, list) else [figure]
+                if "±" in cell:
+                    ends = [(ends[1] - ends[0]) / 2]
+                wanted = ends if "noisy" in cell else [middle, *ends]
+                for shown, value in zip(numbers(cell), wanted, strict=True):
+                    digits = max(len(x) for x in re.findall(r"\.(\d+)", cell) or [""])
+                    assert shown == pytest.approx(value, abs=0.51 * 10**-digits), title
+    batches = results["config"]["batch_sizes"]
+    assert seen == {title for title in WANTED if not re.search(r"\d", title.replace("-1", ""))
+                    or int(re.search(r"\d+", title)[0]) in batches}
+
+
+def test_many_batches_make_more_tables_not_wider_ones():
+    results = read("demo-cpu")
+    wide = read("h100-0.5b")["variants"][0]
+    labels = [*rows_of(results)][:3]
+    results["variants"] = [copy.deepcopy(wide) | dict(label=label) for label in labels]
+    results["config"]["batch_sizes"] = sizes = [1, 2, 4, 8, 16, 32, 64]
     for row in results["variants"]:
-        known = figures_of(row)
-        for line in summary.split("\n"):
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            if line.startswith("|") and cells[0] == row["label"]:
-                assert set(cells[1:]) <= known
-                seen += len(cells) - 1
-    assert seen == len(results["variants"]) * sum(
-        map(len, quant_lab.list_tables(results["config"])))
+        row["decode"] = [row["decode"][-1] | dict(batch=batch) for batch in sizes]
+    results["variants"].append(fail(dict(label=INT8, scheme="W8A8")))
+    text = quant_lab.render_tables(results, results["variants"])
+    assert max(map(len, text.split("\n"))) <= 120
+    titles = [title for table in read_tables(text) for title in table[INT8]]
+    for batch in sizes[1:]:
+        assert titles.count(f"batch {batch}") == titles.count(f"bandwidth {batch} %") == 1
+    assert len(titles) == len(set(titles))
+
+
+def test_tables_of_failures_alone(results):
+    results["variants"] = [fail(row) for row in results["variants"]]
+    for table in read_tables(quant_lab.render_summary(results)):
+        assert all(set(cells.values()) == {"failed"} for cells in table.values())
+
+
+# Noise.
+
+
+@pytest.mark.parametrize("spread, noisy", [(1.29, False), (1.31, True)])
+@pytest.mark.parametrize("label", [BASE, INT4])
+def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
+    row = rows_of(calm)[label]
+    set_spread(row, spread)
+    for one in row["decode"]:  # Faster than any other.
+        one["tok_s"] |= {key: 1e6 * (spread if key == "max" else 1)
+                         for key in ("median", "min", "max")}
+    for title in ("TTFT ms", "latency s", "tokens/s", "batch 8"):
+        cell = find_cell(calm, label, title)
+        assert ("noisy" in cell) == noisy
+        assert len(numbers(cell)) == (2 if noisy else 3), "least and greatest stay"
+        other = find_cell(calm, FP8, title)
+        assert "noisy" not in other
+    best = read_best(calm["variants"])
+    for goal in ("Fastest for one sequence", "Fastest for a batch of 8"):
+        names, too_noisy = best[goal]
+        assert (label in names, label in too_noisy) == (not noisy, noisy)
+        assert names and names != {"unknown"}
+    assert label not in best["Smallest"][1]
+    verdict = " ".join(quant_lab.render_verdict(calm["variants"]).split())
+    assert ("too noisy to rank" in verdict) == noisy
+    shown = FP8 if label == BASE else label
+    _, table = read_result(shown, calm)
+    assert ("noisy" in table["tokens/s"][label]) == noisy
+    assert bool(numbers(table["tokens/s"]["ratio"])) != noisy
+    assert numbers(table["MB"]["ratio"]) and numbers(table["weights MB"]["ratio"])
+    ratio, text = quant_lab.relate(
+        rows_of(calm)[shown], rows_of(calm)[BASE], "decode_tok_s")
+    assert (ratio is None, "noisy" in text) == (noisy, noisy)
+    speed = read_bars(calm, "Tokens/s")
+    for series in ("one sequence", "batch of 8"):
+        width, text = speed[series][shown]
+        assert ("noisy" in text, width == 0) == (noisy, noisy)
+        width, text = speed[series][INT8]
+        assert ("noisy" in text) == (noisy and label == BASE), "only against a noisy one"
+
+
+def test_only_timings_are_noisy(calm):
+    """Set wide intervals of quality: they are wide, and ranked."""
+    for row in calm["variants"][1:]:
+        row["kld"] |= dict(mean=0.1, low=0.01, high=1.0)
+    assert read_best(calm["variants"])["Closest to the reference by KLD"] == (
+        {FP8, INT4, INT8}, set())
+    assert "noisy" not in find_cell(calm, FP8, "KLD")
+
+
+def test_1_3_times_is_not_yet_noisy(calm):
+    row = rows_of(calm)[FP8]
+    row["ttft_s"] |= dict(median=1.1, min=1.0, max=1.3, samples=[1.0, 1.1, 1.3])
+    assert "noisy" not in find_cell(calm, FP8, "TTFT ms")
+
+
+# What is shown after each variant.
+
+
+def read_columns(text):
+    """Return the lines of each of the completions that stand side by side."""
+    block = [line[4:] for line in text.split("\n") if line.startswith("    ")]
+    rule = next(line for line in block if set(line) <= set("- |"))
+    block.remove(rule)
+    ends = [found.span() for found in re.finditer("-+", rule)]
+    return [[line[begin:end].strip() for line in block] for begin, end in ends]
+
+
+def test_a_result_stands_beside_the_baseline(results):
+    rows = rows_of(results)
+    base = rows[BASE]
+    for label in (FP8, INT4, INT8):
+        text, table = read_result(label, results)
+        row = rows[label]
+        for title, cells in table.items():
+            assert list(cells) == [BASE, label, "ratio"]
+            for one in (BASE, label):
+                assert cells[one] == find_cell(results, one, title)
+        for title, mine, theirs in (
+                ("MB", row["weight_bytes"], base["weight_bytes"]),
+                ("weights MB", row["weights_memory_bytes"], base["weights_memory_bytes"])):
+            ratio, = numbers(table[title]["ratio"])
+            assert ratio == pytest.approx(mine / theirs, abs=6e-4)
+        speed = [one["decode_tok_s"] for one in (row, base)]
+        if not any(one["max"] > 1.3 * one["min"] for one in speed):
+            ratio, = numbers(table["tokens/s"]["ratio"])
+            assert ratio == pytest.approx(speed[0]["median"] / speed[1]["median"], abs=6e-4)
+        ratio, interval = numbers(table["perplexity"]["ratio"])[0], row["perplexity_ratio"]
+        assert ratio == pytest.approx(interval["value"], abs=6e-5)
+        assert re.search(r"±|\(.*–.*\)", table["perplexity"]["ratio"]), "its interval"
+        assert set(table) >= {"MB", "perplexity", "KLD", "tokens/s", "weights MB"}
+        assert " ".join(row["runs_as"].split()) in " ".join(text.split())
+        assert max(map(len, text.split("\n"))) <= 120
+        assert row["divergence"]["completions"][0]["prompt"] in text
+        for one, column in zip((base, row), read_columns(text), strict=True):
+            completion = one["divergence"]["completions"][0]
+            name, same, *lines = column
+            assert name == one["label"] and numbers(same) == [completion["same_tokens"]]
+            assert "".join("".join(lines).split()) == "".join(
+                completion["completion"].split())
+
+
+def test_the_baselines_own_result(calm):
+    text, table = read_result(BASE, calm)
+    assert all(list(cells) == [BASE, "ratio"] for cells in table.values())
+    for title in ("MB", "perplexity", "tokens/s", "weights MB"):
+        assert numbers(table[title]["ratio"])[0] == 1
+    assert rows_of(calm)[BASE]["runs_as"] in text
+
+
+def test_the_result_of_a_failure_is_its_reason(calm):
+    calm["variants"][1] = fail(calm["variants"][1], "ValueError: it is 100 wide")
+    text = quant_lab.render_result(FP8, calm)
+    assert FP8 in text and "failed" in text and "it is 100 wide" in text
+    assert "|" not in text
+
+
+def test_a_variant_not_asked_for_says_how(calm):
+    text = quant_lab.render_result(CONTROL, calm)
+    assert CONTROL in text and "--variants" in text and "\n" not in text
+
+
+@pytest.mark.parametrize("without", ["no row", "failed"])
+def test_a_result_without_a_baseline(calm, without):
+    base, *others = calm["variants"]
+    calm["variants"] = others if without == "no row" else [fail(base), *others]
+    for row in others:
+        row["size_ratio"] = None
+    text, table = read_result(INT4, calm)
+    for title in ("MB", "KLD", "tokens/s", "weights MB"):
+        assert list(table[title]) == [INT4, "ratio"]
+        assert numbers(table[title][INT4]) and table[title]["ratio"] == "–"
+    assert numbers(table["perplexity"]["ratio"]), "that is over the reference's"
+    assert rows_of(calm)[INT4]["runs_as"] in " ".join(text.split())
+
+
+# Verdict.
 
 
 def test_verdict_begins_with_what_to_take_for_what(results):
     rows = results["variants"]
-    by = {row["label"]: row for row in rows}
-    said = dict(line.split(": ") for line in quant_lab.list_best(rows))
+    said = read_best(rows)
     smallest = min(row["weight_bytes"] for row in rows)
-    assert set(said["Smallest"].split(" or ")) == {
+    assert said["Smallest"][0] == {
         row["label"] for row in rows if row["weight_bytes"] < 1.01 * smallest}
-    last = len(rows[0]["decode"]) - 1
-    for number, what in (0, "one sequence"), (last, f"a batch of {[1, 8, 32][last]}"):
-        names = said[f"Fastest for {what}"].split(" or ")
-        fastest = max(row["decode"][number]["tok_s"]["min"] for row in rows)
-        for row in rows:
-            near = row["decode"][number]["tok_s"]["max"] * 1.01 >= 0.99 * fastest
-            assert near == (row["label"] in names)
-    if len(rows) > 2:
-        closest = min(rows[1:], key=lambda row: row["kld"]["mean"])["label"]
-        assert closest in said["Closest to the original by KLD"].split(" or ")
+    batch = max(results["config"]["batch_sizes"])
+    for number, what in (0, "one sequence"), (-1, f"a batch of {batch}"):
+        names, noisy = said[f"Fastest for {what}"]
+        figures = {row["label"]: row["decode"][number]["tok_s"] for row in rows}
+        assert noisy == {label for label, one in figures.items()
+                         if one["max"] > 1.3 * one["min"]}
+        fastest = max(one["min"] for label, one in figures.items() if label not in noisy)
+        assert names == {label for label, one in figures.items() if label not in noisy
+                         and one["max"] * 1.01 >= 0.99 * fastest}
+    closest = min(rows[1:], key=lambda row: row["kld"]["mean"])["label"]
+    assert closest in said["Closest to the reference by KLD"][0]
+    verdict = quant_lab.render_verdict(rows)
+    assert max(map(len, verdict.split("\n"))) <= 120
+    assert all(line in " ".join(verdict.split()) for line in quant_lab.list_best(rows))
 
 
-def test_many_batches_make_more_tables_not_wider_ones():
-    results = spoil(read("demo-cpu"))
-    wide = read("h100-0.5b")["variants"][0]
-    results["variants"] = [wide | dict(label=row["label"]) for row in results["variants"]]
-    results["config"]["batch_sizes"] = sizes = [1, 2, 4, 8, 16, 32, 64]
-    for row in results["variants"]:
-        row["decode"] = [row["decode"][-1] | dict(batch=batch) for batch in sizes]
-    body = quant_lab.render_body(results, 1)
-    assert max(map(len, body.split("\n"))) <= 120
-    for batch in sizes[1:]:
-        assert len(re.findall(rf"\| +batch {batch} \|", body)) == 1
-        assert len(re.findall(rf"\| +bandwidth {batch} % \|", body)) == 1
+def find_lines(rows, label):
+    """Return what the verdict says of a variant after the list of the best."""
+    verdict = "\n" + quant_lab.render_verdict(rows)
+    for line in quant_lab.list_best(rows):
+        verdict = verdict.replace("\n" + quant_lab.fill(line, "- "), "")
+    return " ".join(" ".join(line.split()) for line in verdict.split("\n- ") if label in line)
 
 
-def test_ranges_that_meet_are_not_ranked():
-    rows = copy.deepcopy(read("demo-cpu")["variants"])
+def test_the_verdict_says_what_to_beware_of(calm):
+    base, fp8, int4, int8 = rows = calm["variants"]
+    for row, low, high in (fp8, 0.99, 1.0123), (int4, 1.01, 1.0123), (int8, None, None):
+        row["perplexity_ratio"] = dict(value=1.011, low=low, high=high)
+        row["kld"] = fp8["kld"]
+    alike, worse, short = (find_lines(rows, label) for label in (FP8, INT4, INT8))
+    assert "1.0123" in alike and "window" not in alike, "1 is within its interval"
+    assert worse != alike.replace(FP8, INT4), "1 is not within that of the other"
+    assert "too few windows" in short
+    rows[3] = fail(int8, "MemoryError: scoring did not fit")
+    assert "MemoryError: scoring did not fit" in find_lines(rows, INT8)
+    before = quant_lab.render_verdict(rows)
+    assert "--dampening" not in before and "Warning" not in before
+    int4["rtn_fallbacks"], base["kld"]["mean"] = 17, 0.5
+    assert re.search("Warning.* 17 .*--dampening", find_lines(rows, INT4))
+    assert re.search(r"Warning.* 5\.0e-01", find_lines(rows, BASE)), "not the reference"
+
+
+def test_ranges_that_meet_are_not_ranked(calm):
+    rows = calm["variants"]
     for row in rows[1:]:
-        row["decode"][0]["tok_s"]["max"] = rows[0]["decode"][0]["tok_s"]["min"]
-    line, = (line for line in quant_lab.list_best(rows) if "one sequence" in line)
-    assert line.count(" or ") == 3
+        row["decode_tok_s"] = row["decode"][0]["tok_s"] = rows[0]["decode_tok_s"]
+    assert read_best(rows)["Fastest for one sequence"][0] == {BASE, FP8, INT4, INT8}
     rows[2]["status"] = "failed"
-    assert rows[2]["label"] not in " ".join(quant_lab.list_best(rows))
+    assert INT4 not in " ".join(quant_lab.list_best(rows))
     assert quant_lab.list_best(rows[:1]) == []
+    rows[2]["status"] = "ok"
     for row in rows:
         row["decode"][1] = dict.fromkeys(row["decode"][1]) | dict(batch=8, error="OOM")
         row["kld"] = row["kld"] | dict(low=None, high=None)
-    said = quant_lab.list_best(rows)
-    assert len(said) == 2 and "one sequence" in said[1], "no batch fitted, no intervals"
-    draw(read("demo-cpu") | dict(variants=rows))
+    best = read_best(rows)
+    assert not any("batch" in goal for goal in best), "no batch fitted"
+    assert best["Closest to the reference by KLD"][0] == {"unknown"}, "no intervals"
+    assert find_cell(calm, FP8, "batch 8") == "OOM"
+
+
+# The picture.
 
 
 def draw(results):
@@ -191,10 +489,80 @@ def draw(results):
     return figure, renderer.get_renderer()
 
 
-@pytest.mark.parametrize("spoilt", [False, True])
-def test_nothing_in_the_picture_overlaps(results, spoilt):
-    figure, renderer = draw(spoil(results) if spoilt else results)
-    boxes = []
+def find_panel(figure, title):
+    panel, = (axes for axes in figure.axes if axes.get_title().startswith(title))
+    return panel
+
+
+def read_bars(results, title):
+    """Return width and text of the bars of a panel by series, by variant."""
+    panel, found = find_panel(draw(results)[0], title), {}
+    labels = [row["label"] for row in results["variants"]]
+    for series in panel.containers:
+        found[series.get_label()] = bars = {}
+        for label, patch in zip(labels, series.patches, strict=True):
+            middle = patch.get_y() + patch.get_height() / 2
+            text, = (text.get_text() for text in panel.texts
+                     if abs(text.xy[1] - middle) < 0.05)
+            bars[label] = patch.get_width(), text
+    return found
+
+
+def read_names(figure, labels):
+    """Return what stands in the picture below the name of each variant."""
+    found = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert [text.split("\n")[0] for text in found] == list(labels)
+    return {label: text[len(label):] for label, text in zip(labels, found)}
+
+
+def fail_last(results):
+    """Let a variant fail; add the control, which has the size of another."""
+    rows = results["variants"]
+    rows[-1] = fail(rows[-1])
+    rows.append(copy.deepcopy(rows[-2]) | dict(label=CONTROL))
+
+
+def fail_all(results):
+    results["variants"] = [fail(row) for row in results["variants"]]
+
+
+def leave_one(results):
+    results["variants"] = results["variants"][1:2]
+    results["variants"][0]["size_ratio"] = None
+
+
+def tie_all(results):
+    rows = results["variants"]
+    results["variants"] = [copy.deepcopy(rows[0]) | dict(label=label)
+                           for label in (BASE, FP8, INT4, INT8, CONTROL)]
+    for row in results["variants"]:
+        set_spread(row, 1.2)
+
+
+def disturb_all(results):
+    tie_all(results)
+    for row in results["variants"]:
+        set_spread(row, 2)
+
+
+def lose_much(results):
+    results["variants"][2]["perplexity_ratio"] = dict(value=5e3, low=1e2, high=9e4)
+
+
+def fit_no_batch(results):
+    for row in results["variants"]:
+        row["decode"][1:] = [dict.fromkeys(one) | dict(batch=one["batch"], error="OOM")
+                             for one in row["decode"][1:]]
+        row["perplexity_ratio"] |= dict(low=None, high=None)
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda results: None, fail_last, fail_all, leave_one, tie_all, disturb_all, lose_much,
+    fit_no_batch])
+def test_nothing_in_the_picture_overlaps(results, spoil):
+    spoil(results)
+    figure, renderer = draw(results)
+    boxes = [("title", figure._suptitle.get_window_extent(renderer))]
     for axes in figure.axes:
         ticks = [label for axis, (low, high) in (
             (axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim())))
@@ -203,8 +571,15 @@ def test_nothing_in_the_picture_overlaps(results, spoilt):
         texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *ticks,
                  *axes.get_legend().get_texts()]
         boxes += [(text.get_text(), text.get_window_extent(renderer))
-                  for text in texts if text.get_text()]
-    boxes.append(("title", figure._suptitle.get_window_extent(renderer)))
+                  for text in texts if text.get_text() and text.get_visible()]
+        frame = axes.get_window_extent(renderer)
+        lines = [line.get_window_extent(renderer) for line in axes.lines]
+        for text in axes.texts:
+            box = text.get_window_extent(renderer)
+            crossed = any(line.x1 > box.x0 and line.x0 < box.x1 for line in lines)
+            assert text.get_bbox_patch() or not crossed, f"a line through {text.get_text()}"
+            assert frame.x0 <= box.x0 and box.x1 <= frame.x1, text.get_text()
+            assert frame.y0 <= box.y0 and box.y1 <= frame.y1, text.get_text()
     width, height = figure.bbox.size
     for name, box in boxes:
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1, name
@@ -215,37 +590,58 @@ def test_nothing_in_the_picture_overlaps(results, spoilt):
 
 
 def test_the_picture_shows_the_figures(results):
+    from matplotlib.colors import to_rgb
+
+    rows = rows_of(results)
+    base, batch = rows[BASE], max(results["config"]["batch_sizes"])
+    speed, size = read_bars(results, "Tokens/s"), read_bars(results, "Bytes")
+    for label, row in rows.items():
+        for bars, key in ((size["on disk"], "weight_bytes"),
+                          (size["in memory"], "weights_memory_bytes")):
+            width, text = bars[label]
+            assert width == pytest.approx(row[key] / base[key])
+            assert numbers(text) == [pytest.approx(width, abs=6e-4)]
+        for bars, place in ((speed["one sequence"], 0), (speed[f"batch of {batch}"], -1)):
+            pair = [one["decode"][place]["tok_s"] for one in (row, base)]
+            width, text = bars[label]
+            if any(one["max"] > 1.3 * one["min"] for one in pair):
+                assert width == 0 and "noisy" in text
+                continue
+            assert width == pytest.approx(pair[0]["median"] / pair[1]["median"])
+            assert numbers(text) == [pytest.approx(width, abs=6e-4)]
     figure, _ = draw(results)
-    left, middle, right = figure.axes
-    base = results["variants"][0]
-    values = [patch.get_width() for patch in middle.patches]
-    wanted = [row["decode_tok_s"]["median"] / base["decode_tok_s"]["median"]
-              for row in results["variants"]]
-    assert values[: len(wanted)] == pytest.approx(wanted)
-    assert [patch.get_width() for patch in right.patches][: len(wanted)] == pytest.approx(
-        [row["weights_memory_bytes"] / base["weights_memory_bytes"]
-         for row in results["variants"]])
-    legend = [text.get_text() for text in left.get_legend().get_texts()]
-    for row, line in zip(results["variants"], legend):
-        change = 100 * row["perplexity_ratio"]["value"] - 100
-        assert line == f"{row['label']}: {row['size_ratio']:.3f} of the bytes, {change:+.2f} %"
-    shades = [sum(int(shade[i : i + 2], 16) for i in (1, 3, 5)) for shade in quant_lab.SHADES]
-    assert min(b - a for a, b in itertools.pairwise(shades)) > 100, "apart in grey, too"
+    for label, said in read_names(figure, rows).items():
+        assert numbers(said)[0] == pytest.approx(
+            rows[label]["perplexity_ratio"]["value"], abs=6e-5)
+    for name in (results["model_name"], results["machine"]["name"],
+                 *quant_lab.list_best(results["variants"])):
+        assert name in figure._suptitle.get_text()
+    for axes in figure.axes:
+        greys = sorted(sum(to_rgb(series.patches[0].get_facecolor()))
+                       for series in axes.containers if hasattr(series, "patches"))
+        assert all(b - a > 0.5 for a, b in itertools.pairwise(greys)), "apart in grey, too"
 
 
-def test_failures_show_in_the_picture():
-    figure, _ = draw(spoil(read("demo-cpu")))
-    left, middle, right = figure.axes
-    assert [text.get_text() for text in middle.texts].count("failed") == 3
-    assert "03_smoothquant_w8a8: failed" in [
-        text.get_text() for text in left.get_legend().get_texts()]
-    alone = read("demo-cpu")
-    alone["variants"] = alone["variants"][1:2]
-    alone["variants"][0]["size_ratio"] = None
-    for one in (alone, alone | dict(variants=[quant_lab.ROW | dict(
-            label="00_fp16_baseline", status="failed", error="no")])):
-        assert "nothing to compare" in [
-            text.get_text() for text in draw(one)[0].axes[1].texts]
+@pytest.mark.parametrize("spread", [1.02, 2])
+def test_failures_show_in_the_picture(calm, spread):
+    fail_last(calm)
+    set_spread(calm["variants"][0], spread)  # A noisy baseline hides no failure.
+    for title in ("Tokens/s", "Bytes"):
+        for bars in read_bars(calm, title).values():
+            assert bars[INT8] == (0, "failed") and bars[CONTROL] == bars[INT4]
+    names = read_names(draw(calm)[0], rows_of(calm))
+    assert [label for label, said in names.items() if "failed" in said] == [INT8]
+
+
+def test_without_a_baseline_the_picture_compares_nothing(results):
+    leave_one(results)
+    alone, = results["variants"]
+    for title in ("Tokens/s", "Bytes"):
+        for bars in read_bars(results, title).values():
+            assert bars[alone["label"]] == (0, "–")
+
+
+# Model cards.
 
 
 def test_model_cards_are_what_the_hub_reads(results):
@@ -256,31 +652,21 @@ def test_model_cards_are_what_the_hub_reads(results):
         scheme = row["scheme"]
         for one, base in ((results, None), (hub, "Qwen/Qwen2.5-0.5B-Instruct")):
             card = quant_lab.render_model_card(row, one)
-            _, head, body = card.split("---\n", 2)
+            nothing, head, body = card.split("---\n", 2)
             head = yaml.safe_load(head)
-            assert head.get("base_model") == base
+            assert nothing == "" and head.get("base_model") == base
             assert head.get("base_model_relation") == (
                 "quantized" if base and scheme != "FP16" else None)
             assert head["library_name"] == "transformers"
-            assert set(head.get("tags", ())) == (set() if scheme == "FP16" else {
-                "compressed-tensors", "llmcompressor", scheme.lower()})
-            for line in ("AutoModelForCausalLM.from_pretrained(folder", "vllm serve",
-                         "--tensor-parallel-size 2", one["machine"]["name"]):
-                assert line in body
-            assert quant_lab.render_tables(one, [results["variants"][0], row][
-                row is results["variants"][0]:]) in body
-            assert ("chats of" in body) == (scheme in ("W4A16", "W8A8"))
+            assert set(head.get("tags") or ()) == (
+                set() if scheme == "FP16" else {"compressed-tensors", "llmcompressor"})
+            for fact in (scheme, one["machine"]["name"], "vllm serve", "recipe.yaml"):
+                assert fact in body
+            for table in read_tables(body):
+                assert list(table) == list(dict.fromkeys([BASE, row["label"]]))
 
 
-def test_committed_renderings_are_those_of_the_results():
-    for name in COMMITTED:
-        folder, results = ROOT / "results" / name, read(name)
-        assert (folder / "summary.md").read_text("utf-8") == quant_lab.render_summary(results)
-        for row in results["variants"]:
-            card = folder / "checkpoints" / row["label"] / "README.md"
-            if name == "demo-cpu":
-                assert card.read_text("utf-8") == quant_lab.render_model_card(row, results)
-        assert (folder / "summary.png").stat().st_size > 10_000
+# On a terminal, and in a notebook.
 
 
 def test_bars_of_progress_are_for_terminals(monkeypatch, capsys):
@@ -309,23 +695,42 @@ def test_bars_of_progress_are_for_terminals(monkeypatch, capsys):
     bar.close()
 
 
+def read_output(cell):
+    """Return the text that a reader sees below a cell of a notebook."""
+    return "\n".join(
+        output["text"] if output["output_type"] == "stream" else
+        output["data"].get("text/markdown", output["data"].get("text/plain", ""))
+        for output in cell["outputs"])
+
+
 def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("QUANT_LAB_ARGS", f"--demo --device cpu --output-dir {tmp_path}")
+    monkeypatch.setenv("QUANT_LAB_ARGS", (
+        "--demo --device cpu --max-windows 4 --repeats 2 --new-tokens 8 --batch-sizes 2 "
+        "--calibration-samples 4 --calibration-length 64 --kld-tokens 500 "
+        f"--variants {BASE} {FP8} {INT4} {INT8} {CONTROL} --output-dir '{tmp_path}'"))
     notebook = jupytext.read(SCRIPT)
     notebook.metadata["kernelspec"]["name"] = "python3"
     nbclient.NotebookClient(
         notebook, timeout=600, resources=dict(metadata=dict(path=str(ROOT)))).execute()
-    shown = [output for cell in notebook.cells for output in cell.get("outputs", ())]
-    kinds = set().union(*(output.get("data", {}) for output in shown))
-    assert {"image/png", "text/markdown"} <= kinds
-    said = "".join(out["text"] for out in shown if out.get("name") == "stderr")
-    assert not said or "ipywidgets" in said and said.count("Warning") == 1, said
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    runs = [cell for cell in code if 'if __name__ == "__main__":' in cell.source]
+    assert len(runs) == 7 and not [cell.source for cell in code
+                                   if cell["outputs"] and cell not in runs]
     results = json.loads((tmp_path / "results.json").read_text("utf-8"))
-    assert [row["status"] for row in results["variants"]] == ["ok"] * 4
-    assert quant_lab.render_body(results, 8) in [
-        output["data"]["text/markdown"] for output in shown
-        if "text/markdown" in output.get("data", {})]
-    for kind in ("png", "svg"):
-        assert os.path.getsize(tmp_path / f"summary.{kind}") > 10_000
+    assert [row["status"] for row in results["variants"]] == ["ok"] * 5
+    for cell, label in zip(runs[1:6], (BASE, FP8, INT4, INT8, CONTROL), strict=True):
+        assert quant_lab.render_result(label, results) in read_output(cell)
+        table, = read_tables(read_output(cell))
+        assert numbers(table["MB"][label]) and numbers(table["tokens/s"][label])
+    assert quant_lab.render_card(results) in read_output(runs[0])
+    summary = runs[-1]["outputs"]
+    assert quant_lab.render_tables(results, results["variants"]) in read_output(runs[-1])
+    assert any("image/png" in output.get("data", {}) for output in summary)
+    assert quant_lab.render_verdict(results["variants"]) in summary[-1]["data"][
+        "text/markdown"]
+    said = "".join(output["text"] for cell in code for output in cell["outputs"]
+                   if output.get("name") == "stderr")
+    assert not said or "ipywidgets" in said and said.count("Warning") == 1, said
+    assert (tmp_path / "summary.png").stat().st_size > 10_000
