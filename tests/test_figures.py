@@ -210,12 +210,21 @@ def test_first_difference_is_that_of_plain_greedy_completions(pair):
 @pytest.mark.parametrize("mine, theirs, same", [
     ([1, 2, 3], [1, 2, 3], 9), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 2], 2),
     ([4], [1], 0), ([1, 4, 3], [1, 2, 3], 1)])
-def test_a_completion_that_ends_sooner_differs_there(mine, theirs, same):
+def test_a_completion_that_ends_sooner_differs_there(monkeypatch, mine, theirs, same):
     """Count all new tokens for completions that are the same to their common end."""
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids))
-    found = quant_lab.compare_completions([mine] * 8, [theirs] * 8, tokenizer, 9)
-    assert [one["same_tokens"] for one in found] == [same] * 8
-    assert {one["completion"] for one in found} == {str(mine)}
+    model, ids = Constant(torch.zeros(9)), torch.zeros(8, dtype=torch.long)
+    lab = quant_lab.Lab(quant_lab.Options(window=4, new_tokens=9), torch.device("cpu"), None,
+                        None, None, tokenizer, 9, ids, [], {}, {})
+    monkeypatch.setattr(quant_lab, "place_model", lambda *_: model)
+    monkeypatch.setattr(quant_lab, "complete_prompts", lambda *_: [theirs] * 8)
+    reference = quant_lab.measure_reference(lab)
+    monkeypatch.setattr(quant_lab, "complete_prompts", lambda *_: [mine] * 8)
+    found = quant_lab.measure_quality(
+        model, ids, tokenizer, lab.options, reference)["divergence"]
+    assert [one["same_tokens"] for one in found["completions"]] == [same] * 8
+    assert {one["completion"] for one in found["completions"]} == {str(mine)}
+    assert found["mean"] == same
 
 
 def test_prompts_are_eight_and_fit_every_context():

@@ -45,12 +45,18 @@ def models(labs):
             for tied, lab in labs.items() for label in ALL}
 
 
+COMPILE, TIME = torch.compile, quant_lab.time_variant
+
+
+def trace(function, fullgraph, options=None):
+    """Trace as torch.compile does, and run what was traced instead of making C++."""
+    return COMPILE(function, fullgraph=fullgraph, backend="aot_eager")
+
+
 @pytest.fixture
 def quick_compiler(monkeypatch):
-    """Let torch.compile trace as ever, and run what it traced instead of making C++."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, fullgraph, options=None: real(
-        function, fullgraph=fullgraph, backend="aot_eager"))
+    """Let torch.compile trace only."""
+    monkeypatch.setattr(torch, "compile", trace)
 
 
 def load(folder, packed, sm=(0, 0), dtype="float16"):
@@ -279,15 +285,17 @@ def test_formats_of_other_makers_are_refused(models):
         quant_lab.pack_model(model, (0, 0))
 
 
-def decode_twice(model, prompt, compiled):
-    """Return the token ids of one sequence and of two, each from the same first token."""
-    alone = quant_lab.Decoder(model, prompt, 9, compiled)
-    both = quant_lab.Decoder(model, prompt, 9, compiled, alone, 2)
+def decode(model, compiled, *batches):
+    """Return for each batch the token ids of eight steps from the same first token."""
+    alone, found = quant_lab.Decoder(model, torch.arange(5, 45)[None], 9, compiled), []
     alone.rewind()
     alone.prefill()
-    both.token.copy_(alone.token.expand(2, 1))
-    found = []
-    for decoder in (alone, both):
+    first = alone.token.clone()
+    for batch in batches:
+        decoder = alone if batch == 1 else quant_lab.Decoder(
+            model, alone.prompt, 9, compiled, alone, batch)
+        decoder.rewind()
+        decoder.token.copy_(first.expand(batch, 1))
         said = [decoder.token[:, 0].tolist()]
         for _ in range(8):
             decoder.step()
@@ -301,19 +309,17 @@ def decode_twice(model, prompt, compiled):
 def test_traced_layers_say_what_eager_ones_do(models, quick_compiler, label):
     """Decode one sequence and two; in float32, where no rounding tips a token."""
     model = load(models[label, True], label in FORMATS, dtype="float32")
-    eager, traced = (decode_twice(model, torch.arange(5, 45)[None], compiled)
-                     for compiled in (False, True))
+    eager, traced = (decode(model, compiled, 1, 2) for compiled in (False, True))
     assert eager == traced and len(set(map(tuple, eager[0]))) > 1
     assert [token * 2 for token in eager[0]] == eager[1]
 
 
 @torch.no_grad()
 def test_compiled_layers_say_what_eager_ones_do(models):
-    """Compile in earnest, one format."""
+    """Compile in earnest, one format and one sequence: it takes half a minute."""
     model = load(models["rtn_w4a16", True], True, dtype="float32")
-    eager, compiled = (decode_twice(model, torch.arange(5, 45)[None], compiled)
-                       for compiled in (False, True))
-    assert eager == compiled
+    eager, compiled = (decode(model, compiled, 1) for compiled in (False, True))
+    assert eager == compiled and len(set(map(tuple, eager[0]))) > 1
 
 
 def architectures():
@@ -447,12 +453,15 @@ def test_no_room_for_one_sequence_fails_the_row(lab, monkeypatch):
         "MemoryError: decoding one sequence did not fit into memory: less --new-tokens")
 
 
-TIME = quant_lab.time_variant
-
-
 def time_on_cpu(label, output, prompt, options, device, compiled):
     """Time a variant on the CPU, whatever the device."""
     return TIME(label, output, prompt, options, torch.device("cpu"), compiled)
+
+
+def time_traced(*inputs):
+    """Time a variant on the CPU in a process of its own, where torch.compile only traces."""
+    torch.compile = trace
+    return time_on_cpu(*inputs) | dict(process=os.getpid())
 
 
 def die_if_compiled(*inputs):
@@ -497,13 +506,11 @@ def test_a_process_that_dies_compiling_is_measured_eagerly_and_said(on_gpu, monk
 
 
 def test_a_compiled_variant_is_measured_in_a_process_of_its_own(on_gpu, monkeypatch):
-    def refuse(*inputs):
-        raise AssertionError("not in this process")
-
-    monkeypatch.setattr(quant_lab, "measure_speed", refuse)
-    row = on_gpu(quant_lab.BASELINE, batch_sizes=(1,))
-    assert row["runs_as"] == "fp16 · compiled"
-    assert row["compile_seconds"] > 0 and row["decode"][0]["tok_s"]["median"] > 0
+    monkeypatch.setattr(quant_lab, "time_variant", time_traced)
+    row = on_gpu("01_fp8_dynamic")
+    assert row["process"] != os.getpid() and torch.compile is COMPILE
+    assert row["runs_as"].endswith(" · compiled") and row["compile_seconds"] > 0
+    assert [entry["tok_s"]["median"] > 0 for entry in row["decode"]] == [True, True]
 
 
 def test_a_notebook_has_one_process_and_says_so(on_gpu, monkeypatch, quick_compiler):
