@@ -81,8 +81,7 @@ from tqdm import tqdm
 
 try:
     import triton
-    from triton import jit
-    from triton import language as tl
+    from triton import jit, language as tl
 except ImportError:  # Comes with PyTorch for GPUs only.
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda kernel: None
 
@@ -119,15 +118,11 @@ Embedding and `lm_head` stay 16-bit. To add a recipe, add an entry: nothing else
 # %%
 @dataclass(frozen=True)
 class Variant:
-    """Describe a row of the lab by its scheme and the recipe that makes it.
-
-    recipe(modifiers, options) returns a list of llmcompressor's modifiers.
-    """
+    """Describe a row; recipe(modifiers, options) returns llmcompressor's modifiers."""
 
     scheme: str
     recipe: Callable[[SimpleNamespace, "Options"], list]
     calibrated: bool = False
-
 
 LINEAR = dict(targets="Linear", ignore=["lm_head"])
 VARIANTS = {
@@ -168,23 +163,19 @@ PROMPTS = (
     "Name three primary colors as a JSON array of strings, and write nothing else.",
 )
 
-
 def option(default, remark: str, low=None, high=math.inf, choices=None):
     """Declare an option: its default, when to change it, what it may be."""
     return field(default=default, metadata=dict(
         remark=remark, low=low, high=high, choices=choices))
-
 
 @dataclass(frozen=True)
 class Options:
     """Hold what can be changed."""
 
     model: str = option("Qwen/Qwen2.5-0.5B-Instruct", "hub id or folder of a causal LM")
-    variants: tuple = option(tuple(v for v in VARIANTS if v != CONTROL),
-                             f"fewer for a quick look; {CONTROL} as a control")
+    variants: tuple = option(tuple(VARIANTS)[:4], f"fewer, to be quick; or {CONTROL}")
     output_dir: str = option("", "where to write, if not results/<model>-<device>")
-    calibration_data: str = option(
-        ULTRACHAT, 'a .jsonl of {"messages": [...]} closer to your traffic')
+    calibration_data: str = option(ULTRACHAT, "a .jsonl closer to your traffic")
     calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
     calibration_length: int = option(1024, "tokens a sample; less to save memory", 8)
     eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
@@ -199,14 +190,12 @@ class Options:
     execution: str = option("packed", "emulated is what plain transformers does",
                             choices=("packed", "emulated"))
     no_compile: bool = option(False, "a quick look at speed; a CPU never compiles")
-    dtype: str = option("float16", "bfloat16 or float32 if float16 overflows",
-                        choices=tuple(DTYPES))
+    dtype: str = option("float16", "another if float16 overflows", choices=DTYPES)
     device: str = option("auto", "cpu runs anywhere", choices=("auto", "cuda", "cpu"))
     seed: int = option(42, "to see what the choice of chats changes", 0, 2**32 - 1)
     plain_text: bool = option(False, "no chat template, for a base model")
     demo: bool = option(False, "tiny model and text beside this: no GPU, no network")
     fresh: bool = option(False, "forget finished work in the output folder")
-
 
 DEMO = dict(model="tests/tiny-qwen2", calibration_data="tests/demo/chats.jsonl",
             eval_text="tests/demo/eval.txt", calibration_samples=32,
@@ -215,16 +204,14 @@ DEMO = dict(model="tests/tiny-qwen2", calibration_data="tests/demo/chats.jsonl",
 # %%
 def read_words() -> list[str]:
     """Return the command line's words; in a notebook, those of QUANT_LAB_ARGS."""
-    if not IN_NOTEBOOK:
-        return sys.argv[1:]
     with usable("QUANT_LAB_ARGS", "", "write it as on a command line"):
-        return shlex.split(os.environ.get("QUANT_LAB_ARGS", ""))
-
+        return (shlex.split(os.environ.get("QUANT_LAB_ARGS", "")) if IN_NOTEBOOK
+                else sys.argv[1:])
 
 def parse_options(words: list[str]) -> Options:
     """Read options from command-line words; a bad name or value exits with 2."""
     parser = argparse.ArgumentParser(
-        prog="quant_lab.py", description=__doc__, allow_abbrev=False,
+        "quant_lab.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
     for f in fields(Options):
@@ -240,10 +227,9 @@ def parse_options(words: list[str]) -> Options:
     given = vars(parser.parse_args(words))
     for f in fields(Options):
         low, high, value = f.metadata["low"], f.metadata["high"], given[f.name]
-        for one in value if isinstance(value, (list, tuple)) else [value]:
+        for one in value if isinstance(f.default, tuple) else [value]:
             if low is not None and not low <= one <= high:
-                stop(f"--{f.name.replace('_', '-')} {one}: must be at least {low} and "
-                     f"at most {high}")
+                stop(f"--{f.name.replace('_', '-')} {one}: not from {low} to {high}")
     labels = ",".join(given["variants"]).split(",")
     for label in set(labels) - VARIANTS.keys():
         stop(f"--variants {label!r}: choose from {', '.join(VARIANTS)}")
@@ -254,59 +240,47 @@ def parse_options(words: list[str]) -> Options:
 # %%
 def choose_device(options: Options) -> tuple[torch.device, str]:
     """Return the device and the reason for it; without a usable one, exit with 2."""
+    if options.device != "cpu" and torch.cuda.is_available():
+        if torch.cuda.get_device_capability() < (8, 0):
+            if options.dtype == "bfloat16":
+                stop("--dtype bfloat16: this GPU only emulates it; take float16")
+            # The Triton kernels of llmcompressor are for later chips than a T4.
+            os.environ["LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"] = "1"
+            os.environ["CT_ENFORCE_EAGER"] = "1"
+        return torch.device("cuda", 0), "the first CUDA GPU"
     if options.device == "cpu":
         return torch.device("cpu"), "asked for"
-    if not torch.cuda.is_available():
-        if options.demo and options.device == "auto":
-            return torch.device("cpu"), "no CUDA GPU, and the demo needs none"
-        stop("no CUDA GPU found; all but --demo and --device cpu need one.",
-             "In Colab: Runtime > Change runtime type > T4 GPU, then run again.",
-             "Without a GPU: python quant_lab.py --demo (the same code, a tiny model).")
-    if torch.cuda.get_device_capability() < (8, 0):
-        if options.dtype == "bfloat16":
-            stop("--dtype bfloat16: this GPU only emulates it; take float16 or float32")
-        # The Triton kernels of llmcompressor are for later chips than a T4.
-        os.environ.update(LLMCOMPRESSOR_DISABLE_GPTQ_TRITON="1", CT_ENFORCE_EAGER="1")
-    return torch.device("cuda", 0), "the first CUDA GPU"
+    if options.demo and options.device == "auto":
+        return torch.device("cpu"), "no CUDA GPU, and the demo needs none"
+    stop("no CUDA GPU found; all but --demo and --device cpu need one.",
+         "In Colab: Runtime > Change runtime type > T4 GPU, then run again.",
+         "Without a GPU: python quant_lab.py --demo (the same code, a tiny model).")
 
 # %% [markdown]
 """
 ## Model and text
 
 From the hub comes only what is needed: the model's safetensors and tokenizer, the test
-split of WikiText, the beginning of UltraChat. Code of a model never runs.
+split of WikiText, the beginning of UltraChat. Of a Parquet file only the row groups in
+question are read: `load_dataset` would read whole shards, and streaming with it can
+abort on exit (datasets#7566, seen in 5.2). What was read is kept in the hub's
+cache, under `assets/quant_lab`. Code of a model never runs.
 
 Two texts that share nothing are used. *Calibration* chats, in the model's own chat
 template, are what GPTQ and SmoothQuant look at: 256 conversations, drawn with `--seed`
 from the first 1,024, each cut to 1,024 tokens. *Evaluation* text is what is scored. The
 demo takes both from Python's help: an eighth of its topics is held out and scored, the
 rest calibrates, and trained the tiny model (`tests/make_checkpoint.py`).
+
+Chats of your own are a .jsonl, in each line one as
+`{"messages": [{"role": "user", "content": "..."}, ...]}`.
 """
 
 # %%
 def find_path(name: str) -> Path | None:
     """Return the file or folder of this name, here or beside the script, or None."""
-    with contextlib.suppress(OSError, RuntimeError):  # No name of a file, no such user.
-        paths = Path(name).expanduser(), HERE / name
-        return next(filter(Path.exists, paths), None)
-
-
-def open_tokenizer(folder: Path, plain_text: bool):
-    """Return a model's tokenizer; plain_text gives it a template without roles."""
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not (ids := tokenizer("word").input_ids):
-        raise FileNotFoundError("its tokenizer is empty, are files missing?")
-    if plain_text:
-        begin = "{{ bos_token }}" if ids[0] == tokenizer.bos_token_id else ""
-        tokenizer.chat_template = begin + (
-            "{% for turn in messages %}{{ turn['content'] }}"
-            "{% if not loop.last %}\n\n{% endif %}{% endfor %}")
-    if not tokenizer.chat_template:
-        raise ValueError("has no chat template, give an instruct model, or "
-                         "--plain-text to take prompts and chats without one")
-    return tokenizer
-
+    paths = Path(os.path.expanduser(name)), HERE / name
+    return next(filter(os.path.exists, paths), None)
 
 def tokenize_prompt(tokenizer, prompt: str) -> dict[str, Tensor]:
     """Return a prompt in the chat template: input_ids, attention_mask, each [1, n]."""
@@ -317,78 +291,65 @@ def tokenize_prompt(tokenizer, prompt: str) -> dict[str, Tensor]:
 # %%
 def open_model(options: Options) -> tuple[Path, object, int]:
     """Return a chat model's folder (fetched if need be), tokenizer, context length."""
+    import transformers
     from huggingface_hub import snapshot_download
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers import logging as transformers_logging
-    transformers_logging.set_verbosity_error()  # Warnings quote a model's files.
-    name, folder = options.model, find_path(options.model)
-    with usable("--model", name, "give a folder or a hub id (needs network, access)"):
-        if folder is None and name.startswith((".", "/", "~")):
-            raise FileNotFoundError("no such folder")
-        folder = folder or Path(snapshot_download(
-            name, ignore_patterns=["*/*", "consolidated*"],
+    transformers.logging.set_verbosity_error()  # Warnings quote a model's files.
+    advice = "give a folder or a hub id (needs network, access)"
+    with usable("--model", options.model, advice):
+        folder = find_path(options.model) or Path(snapshot_download(
+            options.model, ignore_patterns=["*/*", "consolidated*"],
             allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):
+        if read_json(folder / "config.json").get("quantization_config"):
             raise ValueError("is quantized already, give the model it was made from")
-        with torch.device("meta"):  # Takes no memory; raises if it is no causal LM.
-            AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
-        for file in set(index.values()) or {"model.safetensors"}:
-            safe_open(folder / file, "pt")  # Raises if it is cut off.
-        tokenizer = open_tokenizer(folder, options.plain_text)
+        # On "meta" it takes no memory, but each file is opened and must be whole.
+        transformers.logging.disable_progress_bar()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, device_map="meta", trust_remote_code=False, use_safetensors=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False)
+        ids = tokenizer("word").input_ids
+        if options.plain_text:  # Turns without roles, begun as the tokenizer does.
+            begin = "{{ bos_token }}" if ids[:1] == [tokenizer.bos_token_id] else ""
+            turns = "{{ messages | map(attribute='content') | join('\n') }}"
+            tokenizer.chat_template = begin + turns
+        if not ids or not tokenizer.chat_template:
+            raise ValueError("no tokenizer or chat template: are files missing? A base "
+                             "model needs --plain-text")
         longest = max(tokenize_prompt(tokenizer, p).input_ids.shape[1] for p in PROMPTS)
-    text_config = config.get_text_config()
-    context = getattr(text_config, "max_position_embeddings", None) or 2**31
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or 2**31
     if longest + options.new_tokens > context:
-        stop(f"--new-tokens {options.new_tokens}: with the longest prompt, {longest}, "
-             f"over the model's context of {context}; choose fewer")
+        stop(f"--new-tokens {options.new_tokens}: with a prompt of {longest} over the "
+             f"model's context of {context}; choose fewer")
     return folder, tokenizer, context
 
 # %%
-def fetch_column(dataset: str, config: str, split: str, column: str, rows=None) -> list:
-    """Return a column of a hub data set, the first `rows` or all, kept in the cache.
-
-    Only the row groups needed are read. load_dataset would read whole shards, and
-    streaming with it can abort on exit (datasets#7566, seen in 5.2).
-    """
-    from datasets import config as settings
-    from datasets import load_dataset_builder
-    from huggingface_hub import HfFileSystem
+def fetch_column(files: str, column: str, rows: int | None = None) -> list:
+    """Return the first rows, or all, of the first Parquet file that a pattern names."""
+    from huggingface_hub import HfFileSystem, cached_assets_path
     from pyarrow.parquet import ParquetFile
+    kept, hub = cached_assets_path("quant_lab", files) / f"{rows}.json", HfFileSystem()
+    if not read_json(kept):
+        first = min(hub.glob(f"datasets/{files}"))
+        with hub.open(first, cache_type="none") as stream:
+            batches = ParquetFile(stream).iter_batches(256, columns=[column])
+            values = (row[column] for batch in batches for row in batch.to_pylist())
+            write_json(kept, {column: list(islice(values, rows))})
+    return read_json(kept)[column]
 
-    def read_rows():
-        for file in load_dataset_builder(dataset, config).config.data_files[split]:
-            with HfFileSystem().open(file, cache_type="none") as stream:
-                for batch in ParquetFile(stream).iter_batches(256, columns=[column]):
-                    yield from batch.to_pylist()
-
-    name = f"quant_lab-{dataset}-{config}-{split}-{rows}.json".replace("/", "-")
-    file = Path(settings.HF_DATASETS_CACHE) / name
-    if not read_json(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {column: [row[column] for row in islice(read_rows(), rows)]})
-    return read_json(file)[column]
-
-# %%
 def read_chats(file: Path) -> list[list[dict]]:
-    """Return chats of a .jsonl; ValueError names the first line that is none."""
+    """Return chats of a .jsonl; the first line that is none exits with 2."""
     chats, roles = [], {"system", "user", "assistant", "tool"}
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
+    lines = file.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    advice = 'no conversation {"messages": [{"role": "user", "content": "..."}, ...]}'
+    for number, line in enumerate(lines, 1):
+        if lines[1:] and not line.strip():
             continue
-        try:
-            turns = json.loads(line)["messages"]
-            texts = [turn["content"].strip() for turn in turns]
-            if not any(texts) or {turn["role"] for turn in turns} - roles:
-                raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f'line {number} is not {{"messages": [{{"role": "user", '
-                             '"content": "..."}, ...]}') from None
-        chats.append(turns)
-    if not chats:
-        raise ValueError("holds no conversation")
+        with usable("--calibration-data", f"{file}, line {number}", advice):
+            chats.append(json.loads(line)["messages"])
+            texts = [turn["content"].strip() for turn in chats[-1]]
+            if not any(texts) or {turn["role"] for turn in chats[-1]} - roles:
+                raise ValueError("no text, or a role that is not known")
     return chats
 
 # %%
@@ -397,7 +358,7 @@ def load_calibration(options: Options, tokenizer, context: int) -> list[list[int
     source, wanted = options.calibration_data, options.calibration_samples
     with usable("--calibration-data", source, "give a .jsonl (default: needs network)"):
         if source == ULTRACHAT:
-            chats = fetch_column(source, "default", "train_sft", "messages", 4 * wanted)
+            chats = fetch_column(f"{source}/data/train_sft-*", "messages", 4 * wanted)
         else:
             chats = read_chats(find_path(source) or Path(source))
         random.Random(options.seed).shuffle(chats)
@@ -408,22 +369,19 @@ def load_calibration(options: Options, tokenizer, context: int) -> list[list[int
           f"{sum(map(len, samples)):,} tokens")
     return samples
 
-
 def load_evaluation(options: Options, tokenizer, context: int) -> Tensor:
     """Return token ids [n] of the evaluation text; an unusable one exits with 2."""
     source, window = options.eval_text, options.window
     with usable("--eval-text", source, "give a UTF-8 text (default: needs network)"):
         if source == WIKITEXT:
-            rows = fetch_column(source, "wikitext-2-raw-v1", "test", "text")
+            rows = fetch_column(f"{source}/wikitext-2-raw-v1/test-*", "text")
             text = "\n\n".join(rows)
         else:
             text = (find_path(source) or Path(source)).read_text("utf-8-sig")
         ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
-    if window > context:
-        stop(f"--window {window}: the model's context is {context} tokens; take that")
-    if len(ids) < window:
-        stop(f"--eval-text {source}: its {len(ids)} tokens do not fill a --window of "
-             f"{window}; give more text or a smaller window")
+    if window > min(context, len(ids)):
+        stop(f"--window {window}: too large for the model's context, {context} tokens, "
+             f"or --eval-text {source}, {len(ids)}; take a smaller one or more text")
     windows = min(len(ids) // window, options.max_windows or len(ids))
     print(f"evaluation   {source}: {len(ids):,} tokens, {windows} windows of {window}")
     return ids
@@ -451,21 +409,20 @@ def load_model(folder: Path, dtype: str):
     """Return a causal LM in eval mode on the CPU; ValueError if weights are missing."""
     from transformers import AutoModelForCausalLM
     free_memory()
-    model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa",
-        output_loading_info=True, trust_remote_code=False, use_safetensors=True)
+    with memory_for(f"loading {folder.name}", "a smaller --model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="sdpa",
+            output_loading_info=True, trust_remote_code=False, use_safetensors=True)
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"{folder.name} lacks {len(missing)} weights, as {missing[0]}")
     return model.eval()
-
 
 def build_recipe(label: str, options: Options) -> list:
     """Return new llmcompressor modifiers of a variant; none for the baseline."""
     from llmcompressor.modifiers import gptq, quantization, transform
     modifiers = vars(gptq) | vars(quantization) | vars(transform)
     return VARIANTS[label].recipe(SimpleNamespace(**modifiers), options)
-
 
 # %%
 def quantize_variant(label: str, lab: "Lab") -> dict:
@@ -514,7 +471,6 @@ def quantize_variant(label: str, lab: "Lab") -> dict:
     unfinished.rename(folder)  # In one step: a checkpoint is there or it is not.
     return row
 
-
 def read_checkpoint(label: str, lab: "Lab") -> dict | None:
     """Return its part of the row if a checkpoint is there, complete and unaltered."""
     folder = lab.output / "checkpoints" / label
@@ -561,7 +517,6 @@ what counts. Two seeds tell what the choice of chats adds.
 
 # %%
 LOGITS_FILE_BYTES, BLOCKS, CHUNK = 5e9, 30, 128
-
 
 @torch.no_grad()
 def score_text(model, ids: Tensor, options: Options, visit: Callable) -> Tensor:
@@ -613,7 +568,6 @@ def complete_prompts(model, tokenizer, new_tokens: int) -> list[list[int]]:
         completions.append(ids[0, inputs["input_ids"].shape[1]:].tolist())
     return completions
 
-
 def measure_reference(lab: "Lab") -> SimpleNamespace:
     """Return losses, compared logits (a file), completions of the model as it came."""
     model = place_model(lab.model_folder, lab.options, lab.device)
@@ -650,7 +604,6 @@ def estimate(values: Tensor, windows: Tensor, scale=float, name="value") -> dict
     half = t * error
     return {name: scale(mean), "low": scale(mean - half), "high": scale(mean + half)}
 
-# %%
 # %%
 def measure_quality(model, ids: Tensor, tokenizer, options: Options,
                     reference: SimpleNamespace) -> dict:
@@ -729,13 +682,11 @@ CPU does not compile, nor do `--no-compile` and `emulated`.
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
 
-
 def now(device: torch.device) -> float:
     """Return the clock's seconds, once the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
 
 @cache
 def measure_bandwidth(device: torch.device) -> float:
@@ -749,12 +700,10 @@ def measure_bandwidth(device: torch.device) -> float:
         seconds.append(now(device) - start)
     return 2 * size / statistics.median(seconds)
 
-
 def summarize(samples: list[float]) -> dict:
     """Return median, least and greatest of the samples, and these."""
     return dict(median=statistics.median(samples), min=min(samples), max=max(samples),
                 samples=samples)
-
 
 def held_bytes(model) -> int:
     """Return bytes of the weights in memory, of what several share once."""
@@ -763,11 +712,7 @@ def held_bytes(model) -> int:
 
 # %%
 class Decoder:
-    """Continue `batch` copies of a prompt, ids [1, n], greedily.
-
-    prefilled: a Decoder of one copy, whose cache is copied. seconds: of preparing, with
-    compiling. peaks: of memory, in bytes. token: ids [batch, 1], the newest.
-    """
+    """Continue copies of a prompt, ids [1, n], greedily; token [batch, 1] is new."""
 
     def __init__(self, model, prompt, new_tokens, compiled, prefilled=None, batch=1):
         device, start, begin = model.device, prompt.shape[1], now(model.device)
@@ -776,20 +721,20 @@ class Decoder:
         self.position = torch.full((1,), start, device=device)
         self.mask = torch.zeros(1, 1, 1, length, dtype=model.dtype, device=device)
         self.cache = [LayerCache(length) for _ in model.get_decoder().layers]
-        self.prompt, self.peaks = prompt, []
+        self.prompt, self.peaks = prompt, []  # Bytes of memory.
         if prefilled is None:
             compile_layers(model, compiled)
             self.prefill()  # Uncompiled: it makes the cache.
             self.prefill, peak = record(self.prefill, self.rewind, device, compiled)
             self.peaks.append(peak)
             self.prefill()
-        else:
+        else:  # A batch copies the cache of one sequence.
             for mine, theirs in zip(self.cache, prefilled.cache):
                 mine.keys = theirs.keys.repeat(batch, 1, 1, 1)
                 mine.values = theirs.values.repeat(batch, 1, 1, 1)
         self.step, peak = record(self.step, self.rewind, device, compiled)
         self.peaks.append(peak)
-        self.seconds = now(device) - begin
+        self.seconds = now(device) - begin  # Of preparing, with compiling.
 
     def advance(self, ids, position, mask) -> None:
         """Run the model; its most probable next token replaces the newest."""
@@ -845,7 +790,6 @@ def time_batch(decoder: Decoder, model, options: Options, bandwidth: float) -> d
         ttft_s=summarize([prefill for prefill, _ in runs]),
         latency_s=summarize([prefill + decode for prefill, decode in runs]))
 
-
 @torch.no_grad()
 def measure_speed(model, prompt: Tensor, options: Options, compiled: bool,
                   bandwidth: float) -> dict:
@@ -889,6 +833,10 @@ row may have taken hours. Other changes of the script go unnoticed: `--fresh`.
 On a GPU each variant is timed in a process of its own: on an H100 the first model that
 a process compiles decodes some 14 % faster than each later one, the same model again
 included, and why is not known. A notebook has but one process, and `runs_as` says so.
+
+**load s** is reading the checkpoint onto the device; **compile s** compiling, warming
+up and recording for all batch sizes, less where the compiler's cache on disk helps. If
+compiling fails, the variant is timed uncompiled, and `runs_as` says so.
 """
 
 # %%
@@ -901,7 +849,6 @@ ROW = dict.fromkeys((
     "copy_bandwidth", "prompt_tokens", "runs_as", "fingerprint"))
 SCHEMA = 2  # Raised when keys go or measuring changes: older results are refused.
 MAY_DIFFER = "variants", "output_dir", "fresh", "memory_bytes"
-
 
 @dataclass
 class Lab:
@@ -921,8 +868,7 @@ class Lab:
     samples: list[list[int]]
     head: dict
     rows: dict[str, dict]
-    reference: SimpleNamespace | Exception | None = None
-
+    reference: SimpleNamespace | None = None
 
 def describe_run(options: Options, device: torch.device, model_folder: Path,
                  eval_ids: Tensor, words: list[str]) -> dict:
@@ -934,16 +880,17 @@ def describe_run(options: Options, device: torch.device, model_folder: Path,
         inputs=dict(model_files=fingerprint(hash_files(model_folder)),
                     eval_tokens=fingerprint(eval_ids.tolist()),
                     chats=chats and fingerprint(hash_files(chats)),
-                    recipes={v: repr(build_recipe(v, options)) for v in VARIANTS}))
-    conditions = {name: value for part in parts.values()
-                  for name, value in part.items() if name not in MAY_DIFFER}
+                    **{f"recipe of {label}": repr(build_recipe(label, options))
+                       for label in VARIANTS}))
+    conditions = [(part, name, value) for part, values in parts.items()
+                  for name, value in values.items() if name not in MAY_DIFFER]
     return parts | dict(
         schema=SCHEMA, command=["python", "quant_lab.py", *words],
         base_model=None if is_local else options.model,
         model_name=model_folder.resolve().name if is_local else options.model,
         fingerprint=fingerprint(SCHEMA, conditions))
 
-
+# %%
 def take_over(output: Path, head: dict) -> dict[str, dict]:
     """Return the finished rows of results.json; refuse those of other conditions."""
     before, name_out = read_json(output / "results.json"), f"--output-dir {output}: "
@@ -977,7 +924,6 @@ def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
     return " · ".join(f"{', '.join(names)} {routes}"
                       for routes, names in phases_by_route.items())
 
-
 def time_variant(label: str, output: Path, prompt: list[int], options: Options,
                  device: torch.device, compiled: bool) -> dict:
     """Return speed and memory of a checkpoint, loaded anew."""
@@ -991,7 +937,6 @@ def time_variant(label: str, output: Path, prompt: list[int], options: Options,
         how += ", in one process with the others"
     return speed | dict(
         runs_as=f"{name_routes(label, model, len(prompt), options)} · {how}")
-
 
 def benchmark_speed(label: str, lab: Lab) -> dict:
     """Return speed and memory of a checkpoint; uncompiled if compiling fails."""
@@ -1020,7 +965,6 @@ def run_variant(label: str, lab: Lab) -> None:
             lab.rows[label] = measure_row(label, lab, checkpoint)
         write_outputs(lab)
     show(render_result(label, collect_results(lab)))
-
 
 def measure_row(label: str, lab: Lab, checkpoint: dict | None) -> dict:
     """Return a variant's row; its status is "failed" if anything went wrong."""
@@ -1069,6 +1013,22 @@ stand in brackets, as do the least and greatest of a timing.
 The verdict names a variant best where its range, widened by 1 %, shares no value with
 another's, else several. All runs of a row follow each other: the range shows the jitter
 of one process, not what another day or a warm GPU would add.
+
+What a run shows at once is five figures beside the baseline's, each with its ratio:
+
+- **MB** and **weights MB**: the first is what travels and fills a disk, the second what
+  is taken from the GPU before the first token. Packed, the two agree; where a format
+  has to be unpacked, they do not.
+- **perplexity**, its ratio paired with the reference. A ratio of 1.01 is one percent
+  more uncertainty a token. Where the interval holds 1, this text shows no difference.
+- **KLD**, which has no ratio, since the reference's is 0. It is small where two models
+  would mostly say the same, and it finds differences that perplexity hides.
+- **tokens/s** of one sequence. Batches and prefill stand in the tables, and often rank
+  the formats otherwise: read the row that is like your traffic.
+
+Below stands where it ran (`runs_as`), since a figure of a format that was dequantized
+says little about that format, and one completion of each. Read it: a model can keep its
+perplexity and lose the thread.
 """
 
 # %%
@@ -1086,7 +1046,6 @@ COST = (
     ("peak MB", "peak_memory_bytes", 1, 1e-6), ("quantize s", "quantize_seconds", 1, 1),
     ("load s", "load_seconds", 1, 1), ("compile s", "compile_seconds", 1, 1))
 
-
 def list_tables(config: dict) -> list[tuple]:
     """Return the columns of each table; two batch sizes make one more."""
     columns = []
@@ -1096,7 +1055,6 @@ def list_tables(config: dict) -> list[tuple]:
     batches = [columns[k : k + 4] for k in range(0, len(columns), 4)]
     return [QUALITY, SPEED, *batches, COST]
 
-
 def read_figure(row: dict, key: str):
     """Return a figure of a row, after @ of a batch; None if there is none, or "OOM"."""
     name, _, batch = key.partition("@")
@@ -1105,12 +1063,10 @@ def read_figure(row: dict, key: str):
     entry = next((e for e in row["decode"] or () if e["batch"] == int(batch)), {})
     return entry.get("error") or entry.get(name)
 
-
 def is_noisy(figure) -> bool:
     """Say whether a figure is a timing with samples too far apart to rank it."""
     return (isinstance(figure, dict) and "samples" in figure
             and figure["max"] > NOISE_LIMIT * figure["min"])
-
 
 def format_figure(value: float | str | dict, digits: int, unit: float = 1) -> str:
     """Write a figure; of a noisy timing, which cannot be ranked, only its range."""
@@ -1129,14 +1085,13 @@ def format_figure(value: float | str | dict, digits: int, unit: float = 1) -> st
         return f"{text} ({least}–{greatest})"
     return f"{text} ± {half}"
 
-
+# %%
 def render_cell(row: dict, column: tuple) -> str:
     """Return a figure of a row as text; –: not measured."""
     figure = read_figure(row, column[1])
     if figure is None:
         return "failed" if row["status"] == "failed" else "–"
     return format_figure(figure, *column[2:])
-
 
 def align_table(lines: list[list[str]]) -> str:
     """Return a Markdown table, aligned for the terminal; the first line is its head."""
@@ -1148,14 +1103,12 @@ def align_table(lines: list[list[str]]) -> str:
         aligned.append("| " + " | ".join([first.ljust(widths[0]), *cells]) + " |")
     return "\n".join(aligned)
 
-
 def render_table(rows: list[dict], columns: tuple) -> str:
     """Return the figures of the rows in these columns."""
     lines = [["variant", *(title for title, *_ in columns)]]
     for row in rows:
         lines.append([row["label"], *(render_cell(row, column) for column in columns)])
     return align_table(lines)
-
 
 def render_tables(results: dict, rows: list[dict]) -> str:
     """Return the tables of some rows, each below how its figures were measured."""
@@ -1191,7 +1144,6 @@ def relate(row: dict, base: dict, key: str) -> tuple[float | None, str]:
     if mine in (None, "OOM") or theirs in (None, "OOM", 0):
         return None, "–"
     return mine / theirs, f"{mine / theirs:.3f}"
-
 
 def render_result(label: str, results: dict) -> str:
     """Return what came of a variant: a table beside the baseline, completions."""
@@ -1230,7 +1182,6 @@ def name_best(what: str, rows: list[dict], key: str, largest=False) -> str:
     return f"{what}: {' or '.join(names) or 'unknown'}" + (
         f"; too noisy to rank: {', '.join(noisy)}" if noisy else "")
 
-
 def list_best(rows: list[dict]) -> list[str]:
     """Say for each goal which variants are best."""
     done = [row for row in rows if row["status"] == "ok"]
@@ -1245,7 +1196,6 @@ def list_best(rows: list[dict]) -> list[str]:
         lines.append(name_best(f"Fastest for a batch of {batch}", done,
                                f"tok_s@{batch}", largest=True))
     return lines
-
 
 def render_verdict(rows: list[dict]) -> str:
     """Return what to take for what, what it costs, what to beware of: a list."""
@@ -1294,6 +1244,16 @@ format, GPU and number of tokens it takes one of these routes, and `runs_as` nam
 
 Activations are rounded per token as compressed-tensors does it. On a CPU the logits
 equal the emulated ones bit for bit.
+
+A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8, or
+eight INT4 to an int32. Its scale is [outputs, groups], one group unless INT4. A word of
+a checkpoint's INT4 holds eight neighbours, the first in its lowest bits; here the n
+words of a group hold inputs 0 to n - 1 in their lowest bits, then the next n, so that
+neighbouring words meet neighbouring inputs. Kernels below SM 8.9 do not know FP8
+(`native` is False): bit fields are moved instead, to the same values.
+
+On a GPU, Linears that read the same input become one product: q, k and v, gate and up.
+The first to be called computes for all, the others cut their slice from what it left.
 """
 
 # %%
@@ -1301,19 +1261,14 @@ def read_e4m3(code: Tensor) -> Tensor:
     """Return float16 values of finite FP8 E4M3 codes held as int8: moves bit fields."""
     return ((code.to(torch.int16) << 7) & ~(1 << 14)).view(torch.float16) * 2**8
 
-
 def round_e4m3(x: Tensor) -> Tensor:
     """Return x, within ±448, rounded to the nearest FP8 E4M3 value, ties to even."""
     power = (x.float().view(torch.int32) & 0x7F800000).view(torch.float32)
     step = power.clamp(min=2**-6) / 8  # Three bits follow the leading one.
     return (torch.round(x / step) * step).to(x.dtype)
 
-
 def round_activations(kind: str, x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
-    """Return x over its scale, in 8 bits, and the scale [..., 1], one per token.
-
-    Where kernels do not know FP8 (native is False), its values come in x's dtype.
-    """
+    """Return x over its scale, in 8 bits, and the scale [..., 1], one per token."""
     scale = x.abs().amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     if kind == "int8":
@@ -1321,17 +1276,11 @@ def round_activations(kind: str, x: Tensor, native: bool) -> tuple[Tensor, Tenso
     x = (x / scale).clamp(-448, 448)
     return x.to(torch.float8_e4m3fn) if native else round_e4m3(x), scale
 
-
 def regroup_int4(words: Tensor, groups: int) -> Tensor:
-    """Return INT4 words [out, in / 8] with each group's inputs in another order.
-
-    A checkpoint's word holds eight neighbours, the first in the lowest bits. Here, the
-    n words of a group hold inputs 0 to n - 1 in their lowest bits, then the next n.
-    """
+    """Return a checkpoint's INT4 words with the inputs of each group in our order."""
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
     nibbles = (words[..., None] >> shifts & 15).view(len(words), groups, 8, -1)
     return (nibbles.transpose(2, 3) << shifts).sum(-1, dtype=torch.int32).flatten(1)
-
 
 def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
     """Return the weight [out, in] of a PackedLinear in the dtype of its scale."""
@@ -1345,23 +1294,15 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
 Route = Enum("Route", "REGISTERS DENSE TENSOR_CORES DEQUANTIZED")
 TENSOR_CORES_FROM = dict(int8=(7, 5), fp8=(8, 9), int4=(99, 0))  # SM; INT4: never.
 
-
+# %%
 class PackedLinear(torch.nn.Module):
-    """Multiply by the tensors of a Linear's checkpoint.
-
-    kind: int4, int8, fp8 or dense. weight [out, in] as int8 (FP8: its codes), 16-bit
-    or, int4, as `regroup_int4` returns it; scale [out, groups], one group unless int4.
-    sm: the GPU's compute capability, (0, 0) on a CPU.
-    """
+    """Multiply by packed weights: int4, int8, fp8 or dense; sm (0, 0) is a CPU."""
 
     def __init__(self, kind: str, weight, scale, bias, sm: tuple[int, int]):
         super().__init__()
+        self.kind, self.sm, self.native = kind, sm, sm == (0, 0) or sm >= (8, 9)
         for name, x in dict(weight=weight, scale=scale, bias=bias).items():
-            self.register_parameter(
-                name, None if x is None else torch.nn.Parameter(x.data, False))
-        self.kind, self.sm = kind, sm
-        self.native = sm == (0, 0) or sm >= (8, 9)  # Whether kernels know FP8.
-        # Both factors of a product of FP8 take this, which keeps it within float16.
+            setattr(self, name, x if x is None else torch.nn.Parameter(x.data, False))
         self.register_buffer("guard", weight.new_tensor(2.0**-10, dtype=torch.float32))
 
     def choose_route(self, tokens: int) -> Route:
@@ -1372,30 +1313,29 @@ class PackedLinear(torch.nn.Module):
         if self.kind == "dense":
             return Route.DENSE
         fits = tokens > 1 and width % 16 == 0 and outputs % 16 == 0
-        if fits and self.sm >= TENSOR_CORES_FROM[self.kind]:
-            return Route.TENSOR_CORES
-        return Route.DEQUANTIZED
+        has_cores = self.sm >= TENSOR_CORES_FROM[self.kind]
+        return Route.TENSOR_CORES if fits and has_cores else Route.DEQUANTIZED
 
     def describe_route(self, tokens: int) -> str:
         """Return the route as `runs_as` names it, and why it is not a better one."""
-        route, dense = self.choose_route(tokens), self.kind == "dense"
+        route, kind, dense = self.choose_route(tokens), self.kind, self.scale is None
         short = DTYPES[str((self.weight if dense else self.scale).dtype)[6:]]
-        kind = short if dense else self.kind
-        why = "a CPU" if self.sm == (0, 0) else dict(
-            int4="PyTorch multiplies no int4", int8="tensor cores need SM 7.5",
-            fp8="tensor cores need SM 8.9").get(kind)
-        if any(size % 16 for size in self.weight.shape) and self.sm > (0, 0):
+        why = dict(int4="PyTorch multiplies no int4", int8="tensor cores need SM 7.5",
+                   fp8="tensor cores need SM 8.9").get(kind)
+        if kind != "int4" and any(size % 16 for size in self.weight.shape):
             why = "16 does not divide its width"
-        return {
-            Route.DENSE: short, Route.REGISTERS: (
-                f"{kind}→{'int32' if kind == 'int8' else 'fp32'} in registers"),
-            Route.TENSOR_CORES: f"{kind} tensor cores",
-            Route.DEQUANTIZED: f"dequantized to {short} ({why})"}[route]
+        if tokens == 1 and not triton:
+            why = "no Triton"
+        why = "a CPU" if self.sm == (0, 0) else why
+        total = "int32" if kind == "int8" else "fp32"
+        return {Route.REGISTERS: f"{short if dense else kind}→{total} in registers",
+                Route.DENSE: short, Route.TENSOR_CORES: f"{kind} tensor cores",
+                Route.DEQUANTIZED: f"dequantized to {short} ({why})"}[route]
 
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype, kind, x_scale = x.shape, x.dtype, self.kind, None
         x = x.reshape(-1, shape[-1])
-        route = self.choose_route(len(x))
+        route, has_dot = self.choose_route(len(x)), triton and self.sm >= (8, 0)
         if kind in ("int8", "fp8"):
             x, x_scale = round_activations(kind, x, self.native)
         if route is Route.DENSE:
@@ -1403,21 +1343,18 @@ class PackedLinear(torch.nn.Module):
         elif route is Route.DEQUANTIZED:
             x = x if x_scale is None else x.to(dtype) * x_scale
             y = F.linear(x, dequantize(kind, self.weight, self.scale), self.bias)
-        elif route is Route.REGISTERS or (
-                kind == "int8" and triton and self.sm >= (8, 0)):
+        elif route is Route.REGISTERS or (kind == "int8" and has_dot):
             kind = "fp8_bits" if kind == "fp8" and not self.native else kind
             y = multiply(kind, x, self.weight, self.scale, x_scale, self.bias, dtype)
         else:
-            y = multiply_by_pytorch(self, x, x_scale, dtype)
+            y = multiply_8_bit(self, x, dtype)
+            y = y * (x_scale.float() * self.scale.float().t())
+            y = (y if self.bias is None else y + self.bias.float()).to(dtype)
         return y.view(*shape[:-1], -1)
 
 # %%
 class FusedSlice(torch.nn.Module):
-    """Return outputs [begin, end) of a PackedLinear that several with one input share.
-
-    The first to be called computes all outputs, the last drops them; another input is
-    computed anew.
-    """
+    """Return outputs [begin, end) of a PackedLinear; the last slice drops them all."""
 
     def __init__(self, fused: PackedLinear, begin: int, end: int):
         super().__init__()
@@ -1431,55 +1368,49 @@ class FusedSlice(torch.nn.Module):
         self.fused.latest = (None, None) if is_last else (x, y)
         return y[..., self.begin : self.end]
 
-
 def pack_linear(linear: torch.nn.Module, sm: tuple[int, int]) -> PackedLinear:
     """Return a PackedLinear; ValueError for formats that none of the recipes writes."""
     scheme = getattr(linear, "quantization_scheme", None)
     if not scheme:
         return PackedLinear("dense", linear.weight, None, linear.bias, sm)
-    kind = "fp8" if scheme.weights.type == "float" else f"int{scheme.weights.num_bits}"
-    if kind not in TENSOR_CORES_FROM or not scheme.weights.symmetric or hasattr(
-            linear, "weight_g_idx"):
+    form, scale = scheme.weights, linear.weight_scale
+    kind = "fp8" if form.type == "float" else f"int{form.num_bits}"
+    ours = kind in TENSOR_CORES_FROM and form.symmetric
+    if not ours or hasattr(linear, "weight_g_idx"):
         raise ValueError("this format runs with --execution emulated only")
-    scale = linear.weight_scale
     weight = (regroup_int4(linear.weight_packed.view(torch.int32), scale.shape[1])
               if kind == "int4" else linear.weight.view(torch.int8))
     return PackedLinear(kind, weight, scale, linear.bias, sm)
 
-
 def pack_model(model, sm: tuple[int, int]) -> None:
-    """Put a PackedLinear in the place of each quantized Linear; on a GPU, of all.
-
-    There, those that read the same input become one product: q, k and v, gate and up.
-    """
+    """Pack each quantized Linear, on a GPU all, and fuse those with the same input."""
     if hook := getattr(model, "ct_decompress_hook", None):
         hook.remove()
-        del model.ct_decompress_hook
     for name, module in list(model.named_modules()):
         dense = sm > (0, 0) and isinstance(module, torch.nn.Linear)
         if dense or getattr(module, "quantization_scheme", None):
             model.set_submodule(name, pack_linear(module, sm))
             module._parameters.clear()  # Or a reference cycle would keep them.
     same_input = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-    for parent, names in product(list(model.modules()), same_input):
+    for parent, names in product(list(model.modules()), same_input if any(sm) else ()):
         parts = [getattr(parent, name, None) for name in names]
-        if sm == (0, 0) or not all(isinstance(part, PackedLinear) for part in parts):
+        if not all(isinstance(part, PackedLinear) for part in parts):
             continue
         if len({(p.kind, p.weight.shape[1], p.bias is None) for p in parts}) > 1:
             continue
-        tensors = [None if getattr(parts[0], name) is None else
-                   torch.cat([getattr(part, name) for part in parts])
-                   for name in ("weight", "scale", "bias")]
+        columns = zip(*([p.weight, p.scale, p.bias] for p in parts))
+        tensors = [None if some[0] is None else torch.cat(some) for some in columns]
         fused, begin = PackedLinear(parts[0].kind, *tensors, sm), 0
         for name, part in zip(names, parts):
-            end = begin + len(part.weight)
-            setattr(parent, name, FusedSlice(fused, begin, end))
-            begin = end
+            setattr(parent, name, FusedSlice(fused, begin, begin + len(part.weight)))
+            begin += len(part.weight)
 
+# %%
 def place_model(folder: Path, options: Options, device: torch.device):
     """Return a causal LM on the device, packed unless execution is emulated."""
+    model = load_model(folder, options.dtype)
     with memory_for(f"loading {folder.name}", "a smaller --model or --device cpu"):
-        model = load_model(folder, options.dtype).to(device)
+        model = model.to(device)
         if options.execution == "packed":
             cuda = device.type == "cuda"
             pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
@@ -1495,20 +1426,37 @@ of a word need no shift and no conversion, only a mask: what their place adds, 1
 taken off the input beforehand, and a factor of 2^100 keeps the products normal. The 8
 that is added to each stored weight is subtracted once, as 8 times the sum of inputs.
 
-FP8 below SM 8.9 (`fp8_bits`) is converted by moving bit fields, as in `read_e4m3`. For
-INT8, `dp4a` makes four products and their sum in one instruction.
+FP8 below SM 8.9 (`fp8_bits`) is converted by moving bit fields, as in `read_e4m3`; its
+factor of 2^8 comes last. For INT8, `dp4a` makes four products and their sum in one
+instruction. Where the rows of a program pass the end, the last row is done twice.
+
+Several tokens take `int8_kernel` for INT8 from SM 8.0, else PyTorch's products, which
+leave scales and bias to float32. PyTorch's FP8 product may be written in float16: both
+factors are scaled by 2^-10 (`guard`), and the result is scaled back.
+
+Tile sizes are the fastest of those tried on an H100; `tests/bench_decode.py --tune`
+tries them on another GPU.
+
+## Attention, cache and graphs
 
 Attention of one row is that of [flash decoding](https://arxiv.org/abs/2311.01282): 64
-keys to a program, then their results are combined. Tile sizes are the fastest of those
-tried on an H100; `tests/bench_decode.py --tune` tries them on another GPU.
+keys to a program, then their results are combined. Of several sequences, the heads that
+share a key stand in as rows of one product, so that no key is copied.
+
+Keys and values lie in tensors of fixed size and place, or no CUDA graph could replay a
+step: attention goes over all places, and a mask hides those not yet written.
+
+All decoder layers are one function, compiled once for one row and once for many.
+Compiled one by one, each layer's index is a constant, and dynamo's limit of
+recompilations is soon reached. The very first prefill, which makes the cache, runs
+uncompiled; every work is warmed up twice before it is recorded as a graph.
 """
 
 # %%
 @jit
 def row_kernel(x, weight, scale, x_scale, bias, y, outputs, width, GROUP: tl.constexpr,
                KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.minimum(row, outputs - 1)  # The last ones may be done twice.
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), outputs - 1)
     line, column = weight + row[:, None] * width, tl.arange(0, BLOCK)[None, :]
     total = tl.zeros([ROWS, BLOCK], tl.int32 if KIND == "int8" else tl.float32)
     for begin in tl.range(0, width, BLOCK, num_stages=3 if KIND == "fp8" else 1):
@@ -1537,7 +1485,7 @@ def row_kernel(x, weight, scale, x_scale, bias, y, outputs, width, GROUP: tl.con
             else:
                 if KIND == "fp8":
                     w = w.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-                elif KIND == "fp8_bits":  # Its 2**8 comes last.
+                elif KIND == "fp8_bits":
                     w = ((w.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)
                 total += w.to(tl.float32) * value.to(tl.float32)
     result = tl.sum(total, 1).to(tl.float32) * (
@@ -1557,16 +1505,44 @@ def int8_kernel(x, weight, scale, x_scale, bias, y, tokens, outputs, width,
     total = tl.zeros([M, N], tl.int32)
     for begin in range(0, width, BLOCK):
         at = begin + tl.arange(0, BLOCK)
-        left = tl.load(x + a % tokens * width + at[None, :],
-                       mask=at[None, :] < width, other=0)
-        right = tl.load(weight + b % outputs * width + at[:, None],
-                        mask=at[:, None] < width, other=0)
+        i, j = at[None, :], at[:, None]
+        left = tl.load(x + a % tokens * width + i, mask=i < width, other=0)
+        right = tl.load(weight + b % outputs * width + j, mask=j < width, other=0)
         total = tl.dot(left, right, total, out_dtype=tl.int32)
     result = total.to(tl.float32) * tl.load(scale + b % outputs).to(tl.float32)
     result *= tl.load(x_scale + a % tokens).to(tl.float32)
     if bias is not None:
         result += tl.load(bias + b % outputs).to(tl.float32)
     tl.store(y + a * outputs + b, result, mask=(a < tokens) & (b < outputs))
+
+@jit
+def attend_kernel(query, keys, values, mask, y, tops, totals, scaling, length,
+                  GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    head, part = tl.program_id(0), tl.program_id(1)
+    at, column = part * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SIZE)
+    here = (head // GROUP * length + at[:, None]) * SIZE + column[None, :]
+    inside = at[:, None] < length
+    key = tl.load(keys + here, mask=inside, other=0).to(tl.float32)
+    value = tl.load(values + here, mask=inside, other=0).to(tl.float32)
+    q = tl.load(query + head * SIZE + column).to(tl.float32) * scaling
+    masked = tl.load(mask + at, mask=at < length, other=-float("inf"))
+    score = tl.sum(key * q[None, :], 1) + masked.to(tl.float32)
+    top = tl.maximum(tl.max(score), -1e30)  # All may be masked.
+    weight, place = tl.exp(score - top), head * tl.num_programs(1) + part
+    tl.store(tops + place, top)
+    tl.store(totals + place, tl.sum(weight))
+    tl.store(y + place * SIZE + column, tl.sum(weight[:, None] * value, 0))
+
+@jit
+def combine_kernel(y, tops, totals, result, parts, SIZE: tl.constexpr,
+                   PARTS: tl.constexpr):
+    head, part, column = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, SIZE)
+    place, inside = head * parts + part, part < parts
+    top = tl.load(tops + place, mask=inside, other=-float("inf"))
+    factor = tl.exp(top - tl.max(top))
+    total = tl.sum(factor * tl.load(totals + place, mask=inside, other=0))
+    value = tl.load(y + place[:, None] * SIZE + column[None, :], inside[:, None], 0)
+    tl.store(result + head * SIZE + column, tl.sum(factor[:, None] * value, 0) / total)
 
 # %%
 def choose_tile(kind: str, outputs: int, width: int) -> tuple[int, int, int]:
@@ -1582,7 +1558,6 @@ def choose_tile(kind: str, outputs: int, width: int) -> tuple[int, int, int]:
     if kind == "int8":
         return (2, 2048, 8) if few else (2, 512, 2)
     return (1, 2048, 4) if few and width > 2048 else (2, 1024, 2)
-
 
 @torch.library.custom_op("quant_lab::multiply", mutates_args=())
 def multiply(kind: str, x: Tensor, weight: Tensor, scale: Tensor | None,
@@ -1608,64 +1583,24 @@ def multiply(kind: str, x: Tensor, weight: Tensor, scale: Tensor | None,
         num_warps=warps)
     return y
 
-
 multiply.register_fake(lambda kind, x, weight, scale, x_scale, bias, dtype: (
     x.new_empty(len(x), len(weight), dtype=dtype)))
 
-
-def multiply_by_pytorch(linear, x: Tensor, x_scale: Tensor, dtype) -> Tensor:
-    """Return x [n, in] times an 8-bit weight, scaled, plus bias, [n, out]."""
+def multiply_8_bit(linear: PackedLinear, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 8-bit x [n, in] times the weight by PyTorch, in float32, unscaled."""
     if linear.kind == "fp8":
         guard, weight = linear.guard, linear.weight.view(x.dtype).t()
-        y = torch._scaled_mm(x, weight, scale_a=guard, scale_b=guard, out_dtype=dtype)
-        y = y.float() / guard**2
-    else:
-        padding = 32 - len(x) if len(x) <= 16 else 0  # _int_mm wants more than 16 rows.
-        y = torch._int_mm(F.pad(x, (0, 0, 0, padding)), linear.weight.t())
-        y = y[: len(x)].float()
-    y = y * (x_scale.float() * linear.scale.float().t())
-    return (y if linear.bias is None else y + linear.bias.float()).to(dtype)
+        y = torch._scaled_mm(x, weight, guard, guard, out_dtype=dtype)
+        return y.float() / guard**2
+    padding = 32 - len(x) if len(x) <= 16 else 0  # _int_mm wants more than 16 rows.
+    y = torch._int_mm(F.pad(x, (0, 0, 0, padding)), linear.weight.t())
+    return y[: len(x)].float()
 
 # %%
-@jit
-def attend_kernel(query, keys, values, mask, y, tops, totals, scaling, length,
-                  GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    head, part = tl.program_id(0), tl.program_id(1)
-    at, column = part * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SIZE)
-    here = (head // GROUP * length + at[:, None]) * SIZE + column[None, :]
-    inside = at[:, None] < length
-    key = tl.load(keys + here, mask=inside, other=0).to(tl.float32)
-    value = tl.load(values + here, mask=inside, other=0).to(tl.float32)
-    q = tl.load(query + head * SIZE + column).to(tl.float32) * scaling
-    masked = tl.load(mask + at, mask=at < length, other=-float("inf"))
-    score = tl.sum(key * q[None, :], 1) + masked.to(tl.float32)
-    top = tl.maximum(tl.max(score), -1e30)  # All may be masked.
-    weight, place = tl.exp(score - top), head * tl.num_programs(1) + part
-    tl.store(tops + place, top)
-    tl.store(totals + place, tl.sum(weight))
-    tl.store(y + place * SIZE + column, tl.sum(weight[:, None] * value, 0))
-
-
-@jit
-def combine_kernel(y, tops, totals, result, parts, SIZE: tl.constexpr,
-                   PARTS: tl.constexpr):
-    head, part, column = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, SIZE)
-    place, inside = head * parts + part, part < parts
-    top = tl.load(tops + place, mask=inside, other=-float("inf"))
-    factor = tl.exp(top - tl.max(top))
-    total = tl.sum(factor * tl.load(totals + place, mask=inside, other=0))
-    value = tl.load(y + place[:, None] * SIZE + column[None, :],
-                    mask=inside[:, None], other=0)
-    tl.store(result + head * SIZE + column, tl.sum(factor[:, None] * value, 0) / total)
-
-
 @torch.library.custom_op("quant_lab::attend_row", mutates_args=())
 def attend_row(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor,
                scaling: float) -> Tensor:
-    """Return the attention [1, 1, heads, size] of one row, query [1, heads, 1, size].
-
-    keys and values [1, heads, n, size]; mask [1, 1, 1, n] is added.
-    """
+    """Return [1, 1, heads, size] for a query [1, heads, 1, size]; mask is added."""
     (_, heads, _, size), length = query.shape, keys.shape[2]
     parts = triton.cdiv(length, 64)
     y, tops, totals = (query.new_empty(heads, parts, n, dtype=torch.float32)
@@ -1677,31 +1612,23 @@ def attend_row(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor,
                              triton.next_power_of_2(parts))
     return result
 
-
 attend_row.register_fake(lambda query, *_: query.new_empty(1, 1, *query.shape[1::2]))
 
-
 def attend(module, query, key, value, attention_mask, scaling=None, **named):
-    """Attend in transformers' interface; query, key, value [batch, heads, n, size].
-
-    Of several sequences, the heads that share a key stand in as rows: no key is copied.
-    """
+    """Attend in transformers' interface; query, key, value [batch, heads, n, size]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-    if named.get("softcap") or named.get("s_aux") is not None or (
-            named.get("sliding_window") or math.inf) < key.shape[2]:
-        raise ValueError("speed of models with sliding windows, soft caps or attention "
-                         "sinks is not measured")
+    window = named.get("sliding_window") or math.inf
+    if window < key.shape[2] or named.get("softcap") or named.get("s_aux") is not None:
+        raise ValueError("speed with sliding windows, soft caps, sinks is not measured")
     if query.shape[2] > 1:  # The whole prompt: causal, and no mask.
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     if triton and query.is_cuda and len(key) == 1 and key.shape[3] in (64, 128, 256):
         return attend_row(query, key, value, attention_mask, scaling), None
     rows = query.reshape(len(key), key.shape[1], -1, query.shape[3])
-    y = F.scaled_dot_product_attention(
-        rows, key, value, attn_mask=attention_mask, scale=scaling)
+    y = F.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
     return y.reshape(len(y), 1, query.shape[1], -1), None
 
-# %%
 class LayerCache:
     """Hold keys and values of one layer in tensors that stay where they are."""
 
@@ -1717,13 +1644,9 @@ class LayerCache:
         self.values.index_copy_(2, self.position, values)
         return self.keys, self.values
 
-
+# %%
 def compile_layers(model, compiled: bool) -> None:
-    """Make all decoder layers one function, compiled for one row and for many.
-
-    One for all: compiled one by one, each layer's index is a constant, and dynamo's
-    limit of recompilations is soon reached.
-    """
+    """Make all decoder layers one function, compiled for one row and for many."""
     from transformers import AttentionInterface
     AttentionInterface.register("quant_lab", attend)
     model.set_attn_implementation("quant_lab")
@@ -1736,22 +1659,16 @@ def compile_layers(model, compiled: bool) -> None:
         many_rows = torch.compile(eager, fullgraph=True)
 
     def run(layer, number, x, *inputs, past_key_values, **named):
-        layer_cache, forward = past_key_values[number], many_rows
-        if layer_cache.keys is None:
-            forward = eager  # It makes the cache.
-        elif x.shape[:2] == (1, 1):
-            forward = one_row
+        layer_cache = past_key_values[number]
+        forward = one_row if x.shape[:2] == (1, 1) else many_rows
+        forward = eager if layer_cache.keys is None else forward
         return forward(layer, x, *inputs, past_key_values=layer_cache, **named)
 
     for number, layer in enumerate(layers):
         layer.forward = partial(run, layer, number)
 
-
 def record(work: Callable, rewind: Callable, device, compiled: bool):
-    """Return the work, twice warmed up, and its peak memory in bytes (None on a CPU).
-
-    Compiled on a GPU, what is returned replays a CUDA graph of it.
-    """
+    """Return the work, warmed up twice, and its peak memory (None on a CPU)."""
     for _ in range(2):
         rewind()
         work()
@@ -1764,7 +1681,6 @@ def record(work: Callable, rewind: Callable, device, compiled: bool):
         work()
     rewind()
     return graph.replay if compiled else work, torch.cuda.max_memory_allocated()
-
 # %% [markdown]
 """
 ## Files and faults
@@ -1780,11 +1696,9 @@ def stop(*lines: str):
     print("quant_lab: " + "\n".join(map(one_line, lines)), file=sys.stderr)
     raise SystemExit(2)
 
-
 def one_line(text: str) -> str:
     """Return text on one line without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
 
 def describe(error: BaseException) -> str:
     """Return the root cause of an exception, on one line of at most 200 characters."""
@@ -1792,7 +1706,6 @@ def describe(error: BaseException) -> str:
         error = error.__cause__
     text = one_line(f"{type(error).__name__}: {error}").rstrip(". ")
     return textwrap.shorten(text, 200, placeholder=" ...")
-
 
 @contextlib.contextmanager
 def usable(flag: str, value, advice: str):
@@ -1802,7 +1715,6 @@ def usable(flag: str, value, advice: str):
     except Exception as error:
         stop(f"{flag} {value}: {describe(error)}; {advice}")
 
-
 def read_json(file: Path) -> dict:
     """Return a JSON file's content; {} where there is none or it cannot be read."""
     try:
@@ -1811,18 +1723,15 @@ def read_json(file: Path) -> dict:
         return {}
     return content if isinstance(content, dict) else {}
 
-
 def write_json(file: Path, content: dict) -> None:
     """Write strict JSON in one step: readers see the old content or the new."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     file.with_suffix(".partial").write_text(text + "\n", encoding="utf-8")
     file.with_suffix(".partial").replace(file)
 
-
 def fingerprint(*parts) -> str:
     """Return 16 hexadecimal digits that change when any of the JSON-like parts does."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
 
 def hash_files(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of a file, or of each in a folder, by name."""
@@ -1837,13 +1746,11 @@ def free_memory() -> None:
     with contextlib.suppress(RuntimeError):  # A lost GPU is the row's to report.
         torch.cuda.empty_cache()
 
-
 def lacks_memory(error: BaseException) -> bool:
     """Say whether an error is an allocator's refusal, of the GPU or of the host."""
     refusal = "out of memory|can(no|')t allocate memory|bad_alloc|ALLOC_FAILED"
     return (isinstance(error, (torch.OutOfMemoryError, MemoryError))
             or bool(re.search(refusal, f"{error} {error.__cause__}", re.I)))
-
 
 @contextlib.contextmanager
 def memory_for(step: str, advice: str):
@@ -1856,14 +1763,12 @@ def memory_for(step: str, advice: str):
         raise MemoryError(
             f"{step} did not fit into memory: {advice} ({describe(error)})") from None
 
-
 @contextlib.contextmanager
 def libraries_to(log: Path):
     """Send what the libraries print, progress bars included, to the log."""
     with (log.open("a", encoding="utf-8") as stream,
           contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream)):
         yield
-
 
 def show_progress(what: str, items) -> tqdm:
     """Return a bar for a terminal if the items take over 10 s; silent in a file."""
@@ -1915,20 +1820,17 @@ def run_apart(function: Callable[[], dict]) -> dict:
     with ProcessPoolExecutor(1, spawn, die_with_parent) as pool:
         return pool.submit(function).result()
 
-
 def die_with_parent() -> None:
     """End this process as soon as its parent has ended; leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-
 def end_interrupted(*_) -> None:
     """On Ctrl-C, end at once, whatever runs, and say how to go on; exit code 130."""
     with contextlib.suppress(OSError):  # The reader of a pipe may be gone.
         os.write(1, b"\ninterrupted; finished rows are kept: run again to go on\n")
     os._exit(130)
-
 
 def describe_machine(device: torch.device) -> dict:
     """Return what figures depend on: device, memory in bytes, threads, driver."""
@@ -1944,7 +1846,6 @@ def describe_machine(device: torch.device) -> dict:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = [*re.findall(r"model name\s*: (.+)", info), platform.machine()][0]
     return machine | dict(name=f"{name}, {os.cpu_count()} cores")
-
 
 def list_versions() -> dict[str, str | None]:
     """Return versions of Python, CUDA and the packages that make the figures."""
@@ -1969,12 +1870,10 @@ def quote(text: str) -> str:
     text = re.sub(r" (?=[<#>~=+*_|-]|\d+[.)])", "\u00a0", text)
     return f"`{text}`" if re.search(r"[^\w\s.,:;()/'-]|://|www\.", text) else text
 
-
 def fill(text: str, bullet: str = "") -> str:
     """Return a paragraph of at most 110 columns."""
-    return textwrap.fill(one_line(text), 110, break_on_hyphens=False,
+    return textwrap.fill(text, 110, break_on_hyphens=False,
                          initial_indent=bullet, subsequent_indent=" " * len(bullet))
-
 
 def render_card(results: dict) -> str:
     """Return what is run on what, as an indented block."""
@@ -1992,7 +1891,6 @@ def render_card(results: dict) -> str:
         one_line(fact), 110, initial_indent=f"    {name:10}", break_on_hyphens=False,
         subsequent_indent=" " * 14) for name, fact in facts.items())
 
-
 def render_completions(rows: list[dict], number: int) -> str:
     """Return variants' completions of a prompt side by side, indented as code."""
     done = [row for row in rows if row["divergence"]]
@@ -2006,7 +1904,6 @@ def render_completions(rows: list[dict], number: int) -> str:
     for cells in zip_longest(*columns, fillvalue=""):
         lines.append("    " + " | ".join(cell.ljust(width) for cell in cells).rstrip())
     return "\n".join(lines)
-
 
 def render_summary(results: dict) -> str:
     """Return summary.md."""
@@ -2066,7 +1963,6 @@ def render_model_card(row: dict, results: dict) -> str:
             "`vllm serve .` serves it. The licence is the original's.\n\n"
             f"{render_card(results)}\n\n{render_tables(results, rows)}\n")
 
-
 def collect_results(lab: Lab) -> dict:
     """Return the content of results.json."""
     base, rows = lab.rows.get(BASELINE, ROW)["weight_bytes"], []
@@ -2077,7 +1973,6 @@ def collect_results(lab: Lab) -> dict:
             rows.append(lab.rows[label] | dict(size_ratio=ratio))
     created = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
     return lab.head | dict(created=created, variants=rows)
-
 
 def write_outputs(lab: Lab) -> None:
     """Write results.json and all that is rendered from it, or exit with 2."""
@@ -2092,7 +1987,6 @@ def write_outputs(lab: Lab) -> None:
                 card.unlink(missing_ok=True)
         (output / "summary.md").write_text(render_summary(results), encoding="utf-8")
         draw_summary(results).savefig(output / "summary.png", dpi=140)
-
 
 def show(text: str) -> None:
     """Print Markdown; in a notebook, render it."""
@@ -2142,7 +2036,6 @@ def set_up(words: list[str]) -> Lab:
     show(render_card(head))
     return Lab(options, device, output, lock, model_folder, tokenizer, context,
                eval_ids, samples, head, rows)
-
 
 if __name__ == "__main__":
     if not IN_NOTEBOOK and "ipykernel" not in sys.modules:
