@@ -2040,7 +2040,6 @@ def set_up(words: list[str]) -> Lab:
 if __name__ == "__main__":
     if not IN_NOTEBOOK and "ipykernel" not in sys.modules:
         signal.signal(signal.SIGINT, end_interrupted)
-    if not IN_NOTEBOOK:
         sys.stdout.reconfigure(errors="replace")  # Completions may be in any script.
     LAB = set_up(read_words())
 
