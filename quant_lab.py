@@ -713,7 +713,6 @@ def held_bytes(model) -> int:
 # %%
 class Decoder:
     """Continue copies of a prompt, ids [1, n], greedily; token [batch, 1] is new."""
-
     def __init__(self, model, prompt, new_tokens, compiled, prefilled=None, batch=1):
         device, start, begin = model.device, prompt.shape[1], now(model.device)
         length = math.ceil((start + new_tokens) / 16) * 16  # SDPA wants that.
@@ -773,8 +772,8 @@ class Decoder:
         return prefilled - start, now(self.token.device) - prefilled
 
 # %%
-def time_batch(decoder: Decoder, model, options: Options, bandwidth: float) -> dict:
-    """Return the timings of a batch, and the bytes that one of its steps reads."""
+def time_batch(decoder: Decoder, model, options: Options, bandwidth: float):
+    """Return the figures of a batch's steps, and its runs: seconds of both phases."""
     steps, batch = options.new_tokens - 1, len(decoder.token)
     decoder.run(steps)  # Warm-up.
     runs = [decoder.run(steps) for _ in range(options.repeats)]
@@ -786,9 +785,7 @@ def time_batch(decoder: Decoder, model, options: Options, bandwidth: float) -> d
     return dict(
         batch=batch, tok_s=summarize([batch / x for x in itl]),
         itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
-        bandwidth_fraction=read / statistics.median(itl) / bandwidth,
-        ttft_s=summarize([prefill for prefill, _ in runs]),
-        latency_s=summarize([prefill + decode for prefill, decode in runs]))
+        bandwidth_fraction=read / statistics.median(itl) / bandwidth), runs
 
 @torch.no_grad()
 def measure_speed(model, prompt: Tensor, options: Options, compiled: bool,
@@ -800,19 +797,19 @@ def measure_speed(model, prompt: Tensor, options: Options, compiled: bool,
         try:
             decoder = Decoder(
                 model, prompt, options.new_tokens, compiled, single, batch)
-            decode.append(time_batch(decoder, model, options, bandwidth))
+            figures, runs = time_batch(decoder, model, options, bandwidth)
+            decode.append(figures)
             seconds += decoder.seconds
         except Exception as error:
             if single is None or not lacks_memory(error):
                 raise
             decode.append(dict.fromkeys(decode[0]) | dict(batch=batch, error="OOM"))
-        single = single or decoder
-    first = decode[0]
-    timings = {key: first[key] for key in ("ttft_s", "latency_s")}
-    for entry in decode:  # Prefill is timed for one sequence only.
-        del entry["ttft_s"], entry["latency_s"]
-    return timings | dict(
-        decode=decode, decode_tok_s=first["tok_s"], copy_bandwidth=bandwidth,
+        if single is None:
+            single, single_runs = decoder, runs
+    return dict(
+        ttft_s=summarize([prefill for prefill, _ in single_runs]),
+        latency_s=summarize([prefill + step for prefill, step in single_runs]),
+        decode=decode, decode_tok_s=decode[0]["tok_s"], copy_bandwidth=bandwidth,
         weights_memory_bytes=held_bytes(model), prompt_tokens=prompt.shape[1],
         peak_memory_bytes=max(filter(None, single.peaks), default=None),
         compile_seconds=seconds if compiled else None)
