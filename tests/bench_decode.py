@@ -77,7 +77,7 @@ def tune(model, prompt, seconds: float) -> None:
         return current[1] if current and current[0] == product else best[product]
 
     def milliseconds() -> float:
-        replay, _ = quant_lab.record(step, decoder.rewind, prompt.device, True)
+        replay = quant_lab.record(decoder, step, True)
         samples = []
         for _ in range(3):
             decoder.rewind()
@@ -111,7 +111,7 @@ def tune(model, prompt, seconds: float) -> None:
     quant_lab.choose_tile = rule
 
 
-def bench(kind: str, args: argparse.Namespace, bandwidth: float) -> None:
+def bench(kind: str, args: argparse.Namespace) -> None:
     """Print the figures of a random model in a format."""
     device = torch.device(args.device)
     cuda = device.type == "cuda"
@@ -121,7 +121,7 @@ def bench(kind: str, args: argparse.Namespace, bandwidth: float) -> None:
     prompt = torch.arange(args.prompt, device=device)[None] % 1000 + 1000
     if args.tune:
         return tune(model, prompt, args.tune)
-    speed = quant_lab.measure_speed(model, prompt, options, cuda, bandwidth)
+    speed = quant_lab.measure_speed(model, prompt, options, cuda)
     print(f"{kind:6} {speed['weights_memory_bytes'] / 1e6:8,.0f} MB  "
           f"TTFT {1000 * speed['ttft_s']['median']:7.2f} ms", *(
               f" batch {d['batch']}: {d['itl_ms']['median']:.3f} ms, "
@@ -135,7 +135,7 @@ def bench(kind: str, args: argparse.Namespace, bandwidth: float) -> None:
             for act in (decoder.prefill, decoder.step):
                 with torch.profiler.profile() as profile:
                     act()
-                    quant_lab.now(device)
+                    quant_lab.now()
                 print(profile.key_averages().table(
                     sort_by=f"self_{device.type}_time_total", max_name_column_width=70,
                     row_limit=args.profile))
@@ -162,7 +162,7 @@ def main() -> None:
           f"copy {bandwidth / 1e12:.3f} TB/s", flush=True)
     torch.cuda.empty_cache()
     for kind in args.kinds:
-        job = partial(bench, kind, args, bandwidth)
+        job = partial(bench, kind, args)
         try:
             quant_lab.run_apart(job) if device.type == "cuda" else job()
         except Exception as error:  # The other formats may fit.

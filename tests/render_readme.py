@@ -23,8 +23,7 @@ def render_readme(text: str) -> str:
         what, name = found[1], found[2]
         results = json.loads((ROOT / "results" / name / "results.json").read_text("utf-8"))
         if what == "tables":
-            block = "\n\n".join(quant_lab.render_table(results["variants"], columns)
-                                for columns in quant_lab.list_tables(results["config"]))
+            block = quant_lab.render_tables(results, results["variants"])
         else:
             block = (f"![{'; '.join(quant_lab.list_best(results['variants']))}]"
                      f"(results/{name}/summary.png)")

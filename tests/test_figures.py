@@ -66,8 +66,8 @@ def place_lab(folder, ids, **changes):
     """Return a lab of a model's folder and token ids [n], in float32 on the CPU."""
     options = quant_lab.Options(**dict(model=str(folder), dtype="float32") | changes)
     folder, tokenizer, context = quant_lab.open_model(options)
-    return quant_lab.Lab(options, torch.device("cpu"), None, None, folder, tokenizer,
-                         context, ids, [], {}, {})
+    return SimpleNamespace(options=options, device=torch.device("cpu"), eval_ids=ids,
+                           model_folder=folder, tokenizer=tokenizer)
 
 
 def measure(lab, folder):
@@ -214,8 +214,8 @@ def test_a_completion_that_ends_sooner_differs_there(monkeypatch, mine, theirs, 
     """Count all new tokens for completions that are the same to their common end."""
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids))
     model, ids = Constant(torch.zeros(9)), torch.zeros(8, dtype=torch.long)
-    lab = quant_lab.Lab(quant_lab.Options(window=4, new_tokens=9), torch.device("cpu"), None,
-                        None, None, tokenizer, 9, ids, [], {}, {})
+    lab = SimpleNamespace(options=quant_lab.Options(window=4, new_tokens=9), device=None,
+                          eval_ids=ids, model_folder=None, tokenizer=tokenizer)
     monkeypatch.setattr(quant_lab, "place_model", lambda *_: model)
     monkeypatch.setattr(quant_lab, "complete_prompts", lambda *_: [theirs] * 8)
     reference = quant_lab.measure_reference(lab)
@@ -327,22 +327,22 @@ def test_logits_are_never_whole_in_more_than_16_bits(monkeypatch):
     model, ids = Constant(torch.zeros(20_000).half()), torch.zeros(400, dtype=torch.long)
     options = quant_lab.Options(window=400)
     tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
-    lab = quant_lab.Lab(options, torch.device("cpu"), None, None, None, tokenizer, 400,
-                        ids, [], {}, {})
+    lab = SimpleNamespace(options=options, device=None, eval_ids=ids, model_folder=None,
+                          tokenizer=tokenizer)
     monkeypatch.setattr(quant_lab, "place_model", lambda *_: model)
     monkeypatch.setattr(quant_lab, "complete_prompts", lambda *_: [[1]] * 8)
     with Largest() as largest:
         reference = quant_lab.measure_reference(lab)
         found = quant_lab.measure_quality(model, ids, tokenizer, options, reference)
     assert found["kld"]["tokens"] == found["tokens_scored"] == 399
-    assert reference.logits_file.tell() == 399 * 20_000 * 2, "stored as they came"
+    assert sum(x.nbytes for x in reference.logits) == 399 * 20_000 * 2, "kept as they came"
     assert 0 < largest.numel <= 128 * 20_000
 
 
-def test_the_file_of_logits_has_a_budget(small, monkeypatch):
-    monkeypatch.setattr(quant_lab, "LOGITS_FILE_BYTES", 7.5 * 4 * 2048)
+def test_the_logits_kept_have_a_budget(small, monkeypatch):
+    monkeypatch.setattr(quant_lab, "LOGITS_BYTES", 30 * 2048)
     lab = place_lab(small, torch.arange(500), window=32, new_tokens=2)
-    assert quant_lab.measure_reference(lab).logits_file.tell() == 7 * 4 * 2048
+    assert sum(map(len, quant_lab.measure_reference(lab).logits)) == 7
     assert measure(lab, small)["kld"]["tokens"] == 7
 
 
@@ -462,7 +462,7 @@ def test_real_tokenizer_and_wikitext():
         eval_text=str(SHARED / "wikitext-2-raw" / "wiki.test.raw"),
         calibration_data=str(SHARED / "ultrachat" / "train_sft.jsonl"))
     assert len(quant_lab.load_evaluation(options, tokenizer, 32_768)) == 299_078
-    samples = quant_lab.load_calibration(options, tokenizer, 32_768)
+    samples = quant_lab.load_calibration(options, tokenizer, 32_768)["input_ids"]
     assert len(samples) == 256 and max(map(len, samples)) <= 1024
 
 

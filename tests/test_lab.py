@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,21 +190,19 @@ def test_perplexity_as_transformers_computes_it(demo, number):
         math.exp(statistics.mean(row["window_losses"])), rel=1e-9)
 
 
-def test_summary_is_that_of_the_results_with_completions_side_by_side(demo):
-    """Each column of a prompt's block, read downwards, is a variant's completion."""
+def test_summary_is_that_of_the_results_with_completions_below_each_other(demo):
     summary = (demo.folder / "summary.md").read_text(encoding="utf-8")
     assert summary == quant_lab.render_summary(demo.results)
     rows = demo.results["variants"]
     for number, prompt in enumerate(quant_lab.PROMPTS):
         block = summary.partition(f"**{prompt}**\n\n")[2].partition("\n\n")[0]
-        lines = block.split("\n")
-        starts = [lines[0].index(row["label"]) for row in rows]
-        for row, start, end in zip(rows, starts, [*(s - 3 for s in starts[1:]), 120]):
-            said = row["divergence"]["completions"][number]
-            found = "".join(line[start:end] for line in lines[3:])
-            assert found.replace(" ", "") == (
-                quant_lab.one_line(said["completion"]).replace(" ", ""))
-            assert lines[1][start:end].split()[-1] == str(said["same_tokens"])
+        said = " ".join(block.replace("\xa0", " ").split()).split("- 0")[1:]
+        for row, text in zip(rows, said, strict=True):
+            one = row["divergence"]["completions"][number]
+            head, _, found = text.partition(": ")
+            assert head == f"{row['label'][1:]}, {one['same_tokens']} tokens the same"
+            assert found.strip().strip("`") == " ".join(
+                quant_lab.one_line(one["completion"]).replace("`", "'").split())
 
 
 def test_tokenizer_travels_with_the_checkpoint(demo):
@@ -316,7 +313,7 @@ def test_another_number_of_threads_is_refused(lab, capsys, finished):
 
 
 def test_an_edited_recipe_is_refused_by_name(lab, capsys, finished, monkeypatch):
-    edited = replace(quant_lab.VARIANTS[LABELS[2]], recipe=lambda m, o: [
+    edited = quant_lab.VARIANTS[LABELS[2]]._replace(recipe=lambda m, o: [
         m.GPTQModifier(scheme="W4A16", block_size=64, **quant_lab.LINEAR)])
     monkeypatch.setitem(quant_lab.VARIANTS, LABELS[2], edited)
     said = refused(lab, capsys, finished, "recipe", LABELS[2])
@@ -435,7 +432,7 @@ def test_a_model_with_nan_or_missing_weights_fails_every_row(
     for row in read_rows(tmp_path / "out"):
         assert row["status"] == "failed" and says in row["error"]
         assert row["error"] in " ".join(run.out.split())
-    assert not os.listdir(tmp_path / "out" / "checkpoints"), "nothing was made in vain"
+    assert not list(tmp_path.glob("out/checkpoints/*")), "nothing was made in vain"
     assert "Traceback" in (tmp_path / "out" / "log.txt").read_text("utf-8")
 
 

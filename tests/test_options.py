@@ -89,12 +89,12 @@ def test_the_script_stays_readable():
     assert max(map(len, lines)) <= 88
     assert said >= len(code) / 5, (said, len(code))
     assert len(code) <= 1450, "the ceiling, for good"
-    assert len(lines) <= 2150, "never more than now; 2,000 is where it has to come"
+    assert len(lines) <= 2000, "the ceiling, for good"
 
 
 def test_nothing_runs_before_the_runs():
     text, body, *_ = read_form()
-    runs = text.split("\n").index("# The runs") + 1
+    runs = text.split("\n").index('"""# The runs') + 1
     for node in body:
         if isinstance(node, (ast.If, ast.For, ast.While, ast.With)):
             assert ast.unparse(node).startswith("if __name__ == '__main__':")
@@ -366,7 +366,9 @@ def test_calibration_is_shuffled_templated_cut_and_counted(
 
     def load(**changes):
         changes = {"calibration_data": str(texts / "chats.jsonl"), **changes}
-        return quant_lab.load_calibration(quant_lab.Options(**changes), tokenizer, 2048)
+        found = quant_lab.load_calibration(quant_lab.Options(**changes), tokenizer, 2048)
+        assert found["attention_mask"] == [[1] * len(ids) for ids in found["input_ids"]]
+        return found["input_ids"]
 
     samples = load(calibration_samples=5, calibration_length=50)
     assert "5 chats" in capsys.readouterr().out

@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import sys
-import tomllib
 
 import jupytext
 import pytest
@@ -100,15 +99,6 @@ def numbers(cell):
 # The script's header, the README and other files that repeat something.
 
 
-def test_the_scripts_own_requirements_are_those_of_the_file():
-    block = re.search(r"(?m)^# /// script\n((?:#.*\n)+?)# ///$", SCRIPT.read_text("utf-8"))[1]
-    metadata = tomllib.loads("".join(line[2:] or "\n" for line in block.splitlines(True)))
-    lines = (ROOT / "requirements.txt").read_text("utf-8").split("\n")
-    wanted = [line.partition("#")[0].strip() for line in lines]
-    assert metadata["dependencies"] == [line for line in wanted if line]
-    assert metadata["requires-python"] == ">=3.11"
-
-
 @pytest.mark.parametrize("name", COMMITTED)
 def test_committed_renderings_are_those_of_the_results(name):
     folder, results = ROOT / "results" / name, read(name)
@@ -185,10 +175,9 @@ def test_names_do_no_harm(name):
         texts.append(body)
     for text in texts:
         assert "\x1b" not in text and "/home/me" not in text
-        for line in text.split("\n"):
-            if line[:4] != "    ":  # No code.
-                assert "<" not in re.sub("`.*?`", "", line)
-                assert not re.match(r"\s*([#-] no|```)", line)
+        lines = [line for line in text.split("\n") if line[:4] != "    "]  # No code.
+        assert "<" not in re.sub("`[^`]*`", "", "\n".join(lines))
+        assert not [line for line in lines if re.match(r"\s*([#-] no|```|<)", line)]
     figure, renderer = draw(results)
     box = figure._suptitle.get_window_extent(renderer)
     assert box.x0 >= 0 and box.x1 <= figure.bbox.width
@@ -214,10 +203,8 @@ WANTED = {
     "TTFT ms": lambda row: [1000 * x for x in list(row["ttft_s"].values())[:3]],
     "latency s": lambda row: row["latency_s"], "tokens/s": lambda row: row["decode_tok_s"],
     "bandwidth %": lambda row: 100 * row["decode"][0]["bandwidth_fraction"],
-    "batch 8": lambda row: row["decode"][1]["tok_s"],
-    "batch 32": lambda row: row["decode"][2]["tok_s"],
-    "bandwidth 8 %": lambda row: 100 * row["decode"][1]["bandwidth_fraction"],
-    "bandwidth 32 %": lambda row: 100 * row["decode"][2]["bandwidth_fraction"],
+    "batch 8 tok/s": lambda row: row["decode"][1]["tok_s"],
+    "batch 32 tok/s": lambda row: row["decode"][2]["tok_s"],
     "weights MB": lambda row: row["weights_memory_bytes"] / 1e6,
     "peak MB": lambda row: row["peak_memory_bytes"] and row["peak_memory_bytes"] / 1e6,
     "quantize s": lambda row: row["quantize_seconds"],
@@ -262,7 +249,7 @@ def test_many_batches_make_more_tables_not_wider_ones():
     assert max(map(len, text.split("\n"))) <= 120
     titles = [title for table in read_tables(text) for title in table[INT8]]
     for batch in sizes[1:]:
-        assert titles.count(f"batch {batch}") == titles.count(f"bandwidth {batch} %") == 1
+        assert titles.count(f"batch {batch} tok/s") == 1
     assert len(titles) == len(set(titles))
 
 
@@ -283,7 +270,7 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
     for one in row["decode"]:  # Faster than any other.
         one["tok_s"] |= {key: 1e6 * (spread if key == "max" else 1)
                          for key in ("median", "min", "max")}
-    for title in ("TTFT ms", "latency s", "tokens/s", "batch 8"):
+    for title in ("TTFT ms", "latency s", "tokens/s", "batch 8 tok/s"):
         cell = find_cell(calm, label, title)
         assert ("noisy" in cell) == noisy
         assert len(numbers(cell)) == (2 if noisy else 3), "least and greatest stay"
@@ -305,11 +292,11 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
     ratio, text = quant_lab.relate(
         rows_of(calm)[shown], rows_of(calm)[BASE], "decode_tok_s")
     assert (ratio is None, "noisy" in text) == (noisy, noisy)
-    speed = read_bars(calm, "Tokens/s")
-    for series in ("one sequence", "batch of 8"):
-        width, text = speed[series][shown]
+    bars = read_bars(calm)
+    for title in ("tokens/s, one sequence", "tokens/s, batch of 8"):
+        width, text = bars[title][shown]
         assert ("noisy" in text, width == 0) == (noisy, noisy)
-        width, text = speed[series][INT8]
+        width, text = bars[title][INT8]
         assert ("noisy" in text) == (noisy and label == BASE), "only against a noisy one"
 
 
@@ -329,15 +316,6 @@ def test_1_3_times_is_not_yet_noisy(calm):
 
 
 # What is shown after each variant.
-
-
-def read_columns(text):
-    """Return the lines of each of the completions that stand side by side."""
-    block = [line[4:] for line in text.split("\n") if line.startswith("    ")]
-    rule = next(line for line in block if set(line) <= set("- |"))
-    block.remove(rule)
-    ends = [found.span() for found in re.finditer("-+", rule)]
-    return [[line[begin:end].strip() for line in block] for begin, end in ends]
 
 
 def test_a_result_stands_beside_the_baseline(results):
@@ -366,12 +344,12 @@ def test_a_result_stands_beside_the_baseline(results):
         assert " ".join(row["runs_as"].split()) in " ".join(text.split())
         assert max(map(len, text.split("\n"))) <= 120
         assert row["divergence"]["completions"][0]["prompt"] in text
-        for one, column in zip((base, row), read_columns(text), strict=True):
+        flat = " ".join(text.replace("\xa0", " ").split())
+        for one in (base, row):
             completion = one["divergence"]["completions"][0]
-            name, same, *lines = column
-            assert name == one["label"] and numbers(same) == [completion["same_tokens"]]
-            assert "".join("".join(lines).split()) == "".join(
-                completion["completion"].split())
+            assert (f"- {one['label']}, {completion['same_tokens']} tokens the same: "
+                    in flat)
+            assert " ".join(completion["completion"].replace("`", "'").split()) in flat
 
 
 def test_the_baselines_own_result(calm):
@@ -453,10 +431,10 @@ def test_the_verdict_says_what_to_beware_of(calm):
     rows[3] = fail(int8, "MemoryError: scoring did not fit")
     assert "MemoryError: scoring did not fit" in find_lines(rows, INT8)
     before = quant_lab.render_verdict(rows)
-    assert "--dampening" not in before and "Warning" not in before
+    assert "--dampening" not in before and "warning" not in before
     int4["rtn_fallbacks"], base["kld"]["mean"] = 17, 0.5
-    assert re.search("Warning.* 17 .*--dampening", find_lines(rows, INT4))
-    assert re.search(r"Warning.* 5\.0e-01", find_lines(rows, BASE)), "not the reference"
+    assert re.search("warning.* 17 .*--dampening", find_lines(rows, INT4))
+    assert "0.5" in find_lines(rows, BASE), "not the reference"
 
 
 def test_ranges_that_meet_are_not_ranked(calm):
@@ -474,7 +452,7 @@ def test_ranges_that_meet_are_not_ranked(calm):
     best = read_best(rows)
     assert not any("batch" in goal for goal in best), "no batch fitted"
     assert best["Closest to the reference by KLD"][0] == {"unknown"}, "no intervals"
-    assert find_cell(calm, FP8, "batch 8") == "OOM"
+    assert find_cell(calm, FP8, "batch 8 tok/s") == "OOM"
 
 
 # The picture.
@@ -489,17 +467,12 @@ def draw(results):
     return figure, renderer.get_renderer()
 
 
-def find_panel(figure, title):
-    panel, = (axes for axes in figure.axes if axes.get_title().startswith(title))
-    return panel
-
-
-def read_bars(results, title):
-    """Return width and text of the bars of a panel by series, by variant."""
-    panel, found = find_panel(draw(results)[0], title), {}
-    labels = [row["label"] for row in results["variants"]]
-    for series in panel.containers:
-        found[series.get_label()] = bars = {}
+def read_bars(results):
+    """Return width and text of the bars by the panel's title, by variant."""
+    found, labels = {}, [row["label"] for row in results["variants"]]
+    for panel in draw(results)[0].axes:
+        series, = panel.containers
+        found[panel.get_title()] = bars = {}
         for label, patch in zip(labels, series.patches, strict=True):
             middle = patch.get_y() + patch.get_height() / 2
             text, = (text.get_text() for text in panel.texts
@@ -568,8 +541,7 @@ def test_nothing_in_the_picture_overlaps(results, spoil):
             (axes.xaxis, sorted(axes.get_xlim())), (axes.yaxis, sorted(axes.get_ylim())))
             for place, label in zip(axis.get_ticklocs(), axis.get_ticklabels())
             if low <= place <= high]
-        texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *ticks,
-                 *axes.get_legend().get_texts()]
+        texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *ticks]
         boxes += [(text.get_text(), text.get_window_extent(renderer))
                   for text in texts if text.get_text() and text.get_visible()]
         frame = axes.get_window_extent(renderer)
@@ -590,20 +562,19 @@ def test_nothing_in_the_picture_overlaps(results, spoil):
 
 
 def test_the_picture_shows_the_figures(results):
-    from matplotlib.colors import to_rgb
-
     rows = rows_of(results)
     base, batch = rows[BASE], max(results["config"]["batch_sizes"])
-    speed, size = read_bars(results, "Tokens/s"), read_bars(results, "Bytes")
+    bars = read_bars(results)
+    assert len(bars) == 4
     for label, row in rows.items():
-        for bars, key in ((size["on disk"], "weight_bytes"),
-                          (size["in memory"], "weights_memory_bytes")):
-            width, text = bars[label]
+        for title, key in (("bytes on disk", "weight_bytes"),
+                           ("in memory", "weights_memory_bytes")):
+            width, text = bars[title][label]
             assert width == pytest.approx(row[key] / base[key])
             assert numbers(text) == [pytest.approx(width, abs=6e-4)]
-        for bars, place in ((speed["one sequence"], 0), (speed[f"batch of {batch}"], -1)):
+        for title, place in ("one sequence", 0), (f"batch of {batch}", -1):
             pair = [one["decode"][place]["tok_s"] for one in (row, base)]
-            width, text = bars[label]
+            width, text = bars[f"tokens/s, {title}"][label]
             if any(one["max"] > 1.3 * one["min"] for one in pair):
                 assert width == 0 and "noisy" in text
                 continue
@@ -616,19 +587,14 @@ def test_the_picture_shows_the_figures(results):
     for name in (results["model_name"], results["machine"]["name"],
                  *quant_lab.list_best(results["variants"])):
         assert name in figure._suptitle.get_text()
-    for axes in figure.axes:
-        greys = sorted(sum(to_rgb(series.patches[0].get_facecolor()))
-                       for series in axes.containers if hasattr(series, "patches"))
-        assert all(b - a > 0.5 for a, b in itertools.pairwise(greys)), "apart in grey, too"
 
 
 @pytest.mark.parametrize("spread", [1.02, 2])
 def test_failures_show_in_the_picture(calm, spread):
     fail_last(calm)
     set_spread(calm["variants"][0], spread)  # A noisy baseline hides no failure.
-    for title in ("Tokens/s", "Bytes"):
-        for bars in read_bars(calm, title).values():
-            assert bars[INT8] == (0, "failed") and bars[CONTROL] == bars[INT4]
+    for bars in read_bars(calm).values():
+        assert bars[INT8] == (0, "failed") and bars[CONTROL] == bars[INT4]
     names = read_names(draw(calm)[0], rows_of(calm))
     assert [label for label, said in names.items() if "failed" in said] == [INT8]
 
@@ -636,9 +602,8 @@ def test_failures_show_in_the_picture(calm, spread):
 def test_without_a_baseline_the_picture_compares_nothing(results):
     leave_one(results)
     alone, = results["variants"]
-    for title in ("Tokens/s", "Bytes"):
-        for bars in read_bars(results, title).values():
-            assert bars[alone["label"]] == (0, "–")
+    for bars in read_bars(results).values():
+        assert bars[alone["label"]] == (0, "–")
 
 
 # Model cards.
