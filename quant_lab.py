@@ -999,7 +999,7 @@ def name_best(what: str, rows: list[dict], key: str, largest=False) -> str:
     bar = min((high for _, high in ranges.values()), default=0)
     best = [label for label, (low, _) in ranges.items() if low <= bar]
     said = f"{what}: {' or '.join(best) or 'unknown'}"
-    return said + (f"; too noisy to rank: {', '.join(noisy)}" if noisy else "")
+    return said + (f"; not counted, too noisy: {', '.join(noisy)}" if noisy else "")
 
 def list_best(rows: list[dict]) -> list[str]:
     done = [row for row in rows if row["status"] == "ok"]
@@ -1020,7 +1020,8 @@ def render_verdict(rows: list[dict]) -> str:
         label, ratio = row["label"], row["perplexity_ratio"]
         if row["error"]:
             lines.append(f"{label} failed: {quote(row['error'])}")
-            continue
+        if row["error"] or label == BASELINE and not row["kld"]["mean"]:
+            continue  # Of the baseline only noise is worth a word.
         line = (f"{label} multiplies perplexity by {format_figure(ratio, 4)}; KLD "
                 f"{format_figure(row['kld'], 5)}")
         if ratio["low"] is None:
@@ -1679,7 +1680,7 @@ def draw_summary(results: dict):
     panels[0].set_yticks(range(len(rows)), [
         f"{row['label']}\nperplexity × {render_cell(row, QUALITY[3])}" for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    name = f"{results['model_name'][-60:]} on {results['machine']['name']}: ratios"
+    name = f"{results['model_name'][-60:]} on {results['machine']['name']}, to baseline"
     figure.suptitle("\n".join([one_line(name), *list_best(rows)]), parse_math=False)
     return figure
 

@@ -122,10 +122,11 @@ def bench(kind: str, args: argparse.Namespace) -> None:
     if args.tune:
         return tune(model, prompt, args.tune)
     speed = quant_lab.measure_speed(model, prompt, options, cuda)
+    copy = speed["copy_bandwidth"]
     print(f"{kind:6} {speed['weights_memory_bytes'] / 1e6:8,.0f} MB  "
           f"TTFT {1000 * speed['ttft_s']['median']:7.2f} ms", *(
               f" batch {d['batch']}: {d['itl_ms']['median']:.3f} ms, "
-              f"{100 * d['bandwidth_fraction']:.0f} % of copying"
+              f"{100 * d['bandwidth_fraction']:.0f} % of {copy / 1e12:.2f} TB/s"
               if d["itl_ms"] else f" batch {d['batch']}: OOM"
               for d in speed["decode"]), flush=True)
     if args.profile:
@@ -157,9 +158,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    bandwidth = quant_lab.measure_bandwidth(device)
     print(quant_lab.describe_machine(device)["name"], "torch", torch.__version__,
-          f"copy {bandwidth / 1e12:.3f} TB/s", flush=True)
+          flush=True)
     torch.cuda.empty_cache()
     for kind in args.kinds:
         job = partial(bench, kind, args)

@@ -104,6 +104,21 @@ def run_script(monkeypatch, capfd):
     return run
 
 
+def load_emulated(folder, dtype):
+    """Return the model of a folder on the CPU as plain transformers runs it."""
+    import torch
+
+    import quant_lab
+
+    options = quant_lab.Options(dtype=dtype, execution="emulated")
+    return quant_lab.place_model(folder, options, torch.device("cpu"))
+
+
+def vary(lab, **changes):
+    """Return a lab that differs in these."""
+    return SimpleNamespace(**vars(lab) | changes)
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """A random Qwen2 of one layer, 128 wide: the quickest that all recipes take."""

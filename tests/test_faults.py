@@ -64,9 +64,9 @@ def test_killed_or_interrupted_anywhere_a_run_goes_on(lab, quick, finished_run, 
     """Each run dies at a step; the last goes through: files and figures as if in one go."""
     kills = ["weights half 1", "rename before 1", "results before 1", "quantize after 1"]
     codes, done = run_killed([*kills, "time interrupt 2"], quick, tmp_path / "out")
-    assert codes == [-signal.SIGKILL] * len(kills) + [130], done.stdout + done.stderr
-    said = done.stdout.partition("ended 130")[0].rpartition("ended -9")[2]
-    assert said.rstrip().split("\n")[-1].startswith("interrupted")
+    assert codes == [-signal.SIGKILL] * len(kills) + [-signal.SIGINT], (
+        done.stdout + done.stderr)
+    assert "Ctrl-C" in done.stdout, "it says beforehand that one can go on"
     assert "Traceback" not in done.stdout + done.stderr
     left = read_rows(tmp_path / "out")
     assert [row["status"] for row in left] == ["ok"] * len(left) and len(left) < 4
@@ -134,8 +134,8 @@ HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: ca
     ("transformers.AutoModelForCausalLM.from_pretrained", GPU, "quantizing", "--model"),
     ("llmcompressor.oneshot", HOST, "quantizing", "--calibration-length"),
     ("torch.nn.functional.cross_entropy", GPU, "scoring", "--window"),
-    ("transformers.GenerationMixin.generate", HOST, "scoring", "--new-tokens"),
-    ("torch.Tensor.index_copy_", GPU, "timing", "--new-tokens")])
+    ("transformers.GenerationMixin.generate", HOST, "scoring", "--model"),
+    ("torch.Tensor.index_copy_", GPU, "timing", "--model")])
 def test_what_does_not_fit_is_a_row_that_names_the_option(
         lab, monkeypatch, capfd, name, error, step, option):
     def refuse(*inputs, **named):

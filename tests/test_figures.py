@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, TINY, load_by_path, make_small
+from conftest import ROOT, SHARED, TINY, load_by_path, load_emulated, make_small
 
 import quant_lab
 
@@ -58,7 +58,7 @@ def test_all_tokens_cross_the_slices_once():
 def test_logits_that_are_not_finite_are_named(wrong):
     logits = torch.zeros(9)
     logits[5] = wrong  # Never the target.
-    with pytest.raises(FloatingPointError, match="float16.*--dtype"):
+    with pytest.raises(FloatingPointError, match="not finite.*--dtype"):
         score(Constant(logits), torch.zeros(64, dtype=torch.long), 32)
 
 
@@ -73,8 +73,8 @@ def place_lab(folder, ids, **changes):
 def measure(lab, folder):
     """Return the quality of a model's folder against the model of the lab."""
     model = quant_lab.place_model(folder, lab.options, lab.device)
-    return quant_lab.measure_quality(
-        model, lab.eval_ids, lab.tokenizer, lab.options, quant_lab.measure_reference(lab))
+    lab.reference = quant_lab.measure_reference(lab)
+    return quant_lab.measure_quality(model, lab)
 
 
 def log_odds(model, ids):
@@ -117,7 +117,7 @@ def test_quality_equals_plain_loops_in_float64(pair, kld_tokens, max_windows):
     ids = torch.randint(0, 2000, (3 * 40 + 20,), generator=torch.Generator().manual_seed(5))
     found = measure(place_lab(pair[0], ids, window=40, kld_tokens=kld_tokens,
                               max_windows=max_windows, new_tokens=2), pair[1])
-    models = [quant_lab.load_model(folder, "float32") for folder in pair]
+    models = [load_emulated(folder, "float32") for folder in pair]
     losses, divergences, same = ([], []), [], []
     for begin in range(0, (max_windows or 3) * 40, 40):
         window = ids[begin : begin + 40].tolist()
@@ -174,7 +174,7 @@ def greedy(model, tokenizer, prompt, steps):
 def test_completions_are_plain_greedy_whatever_the_model_prefers(small):
     """Let none of the small model's sampling and repetition penalty leak in."""
     lab = place_lab(small, torch.arange(64))
-    model = quant_lab.load_model(small, "float32")
+    model = load_emulated(small, "float32")
     assert model.generation_config.do_sample and model.generation_config.temperature < 1
     assert model.generation_config.repetition_penalty > 1
     found = quant_lab.complete_prompts(model, lab.tokenizer, 12)
@@ -185,7 +185,7 @@ def test_completions_are_plain_greedy_whatever_the_model_prefers(small):
 def test_a_completion_ends_where_the_model_says(small):
     """Take the third token that comes as the end, and a list of ends as Qwen has it."""
     lab = place_lab(small, torch.arange(64))
-    model = quant_lab.load_model(small, "float32")
+    model = load_emulated(small, "float32")
     end = greedy(model, lab.tokenizer, quant_lab.PROMPTS[0], 3)[2]
     for ends in (end, [lab.tokenizer.eos_token_id, end]):
         model.generation_config.eos_token_id = ends
@@ -196,7 +196,7 @@ def test_a_completion_ends_where_the_model_says(small):
 def test_first_difference_is_that_of_plain_greedy_completions(pair):
     lab = place_lab(pair[0], torch.arange(64), window=32, new_tokens=12)
     divergence, same = measure(lab, pair[1])["divergence"], []
-    models = [quant_lab.load_model(folder, "float32") for folder in pair]
+    models = [load_emulated(folder, "float32") for folder in pair]
     for prompt, said in zip(quant_lab.PROMPTS, divergence["completions"], strict=True):
         made = [greedy(model, lab.tokenizer, prompt, 12) for model in models]
         same.append(next((i for i in range(max(map(len, made)))
@@ -218,10 +218,9 @@ def test_a_completion_that_ends_sooner_differs_there(monkeypatch, mine, theirs, 
                           eval_ids=ids, model_folder=None, tokenizer=tokenizer)
     monkeypatch.setattr(quant_lab, "place_model", lambda *_: model)
     monkeypatch.setattr(quant_lab, "complete_prompts", lambda *_: [theirs] * 8)
-    reference = quant_lab.measure_reference(lab)
+    lab.reference = quant_lab.measure_reference(lab)
     monkeypatch.setattr(quant_lab, "complete_prompts", lambda *_: [mine] * 8)
-    found = quant_lab.measure_quality(
-        model, ids, tokenizer, lab.options, reference)["divergence"]
+    found = quant_lab.measure_quality(model, lab)["divergence"]
     assert [one["same_tokens"] for one in found["completions"]] == [same] * 8
     assert {one["completion"] for one in found["completions"]} == {str(mine)}
     assert found["mean"] == same
@@ -332,8 +331,8 @@ def test_logits_are_never_whole_in_more_than_16_bits(monkeypatch):
     monkeypatch.setattr(quant_lab, "place_model", lambda *_: model)
     monkeypatch.setattr(quant_lab, "complete_prompts", lambda *_: [[1]] * 8)
     with Largest() as largest:
-        reference = quant_lab.measure_reference(lab)
-        found = quant_lab.measure_quality(model, ids, tokenizer, options, reference)
+        lab.reference = reference = quant_lab.measure_reference(lab)
+        found = quant_lab.measure_quality(model, lab)
     assert found["kld"]["tokens"] == found["tokens_scored"] == 399
     assert sum(x.nbytes for x in reference.logits) == 399 * 20_000 * 2, "kept as they came"
     assert 0 < largest.numel <= 128 * 20_000
@@ -474,10 +473,9 @@ def test_quality_fits_in_3_gb_above_the_weights(tmp_path):
     lab.device = torch.device("cuda")
     model = quant_lab.place_model(folder, lab.options, lab.device)
     weights = torch.cuda.memory_allocated()
-    reference = quant_lab.measure_reference(lab)
+    lab.reference = quant_lab.measure_reference(lab)
     torch.cuda.reset_peak_memory_stats()
-    found = quant_lab.measure_quality(
-        model, lab.eval_ids, lab.tokenizer, lab.options, reference)
+    found = quant_lab.measure_quality(model, lab)
     assert found["kld"]["mean"] == 0 and found["kld"]["tokens"] == 2 * 2047
     assert torch.cuda.max_memory_allocated() - weights < 3e9
 

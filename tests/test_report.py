@@ -87,7 +87,7 @@ def read_best(rows):
     found = {}
     for line in quant_lab.list_best(rows):
         goal, _, said = line.partition(": ")
-        best, _, noisy = said.partition("; too noisy to rank: ")
+        best, _, noisy = said.partition("; not counted, too noisy: ")
         found[goal] = set(best.split(" or ")), set(filter(None, noisy.split(", ")))
     return found
 
@@ -283,7 +283,7 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
         assert names and names != {"unknown"}
     assert label not in best["Smallest"][1]
     verdict = " ".join(quant_lab.render_verdict(calm["variants"]).split())
-    assert ("too noisy to rank" in verdict) == noisy
+    assert ("not counted, too noisy" in verdict) == noisy
     shown = FP8 if label == BASE else label
     _, table = read_result(shown, calm)
     assert ("noisy" in table["tokens/s"][label]) == noisy

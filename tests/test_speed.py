@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load_by_path, make_small, run_all
+from conftest import load_by_path, load_emulated, make_small, run_all, vary
 
 import quant_lab
 
@@ -62,7 +62,7 @@ def quick_compiler(monkeypatch):
 
 def load(folder, packed, sm=(0, 0), dtype="float16"):
     """Return a checkpoint's model, packed as for a GPU of a compute capability or not."""
-    model = quant_lab.load_model(folder, dtype)
+    model = load_emulated(folder, dtype)
     if packed:
         quant_lab.pack_model(model, sm)
     return model
@@ -121,12 +121,12 @@ def test_weights_stay_packed(models, label):
     ("01_fp8_dynamic", (9, 0), 512, "TENSOR_CORES", "fp8 tensor cores"),
     ("01_fp8_dynamic", (8, 9), 2, "TENSOR_CORES", "fp8 tensor cores"),
     ("01_fp8_dynamic", (8, 6), 2, "DEQUANTIZED",
-     "dequantized to fp16 (tensor cores need SM 8.9)"),
+     "dequantized to fp16 (needs SM 8.9, Triton for one token, widths in 16s)"),
     ("01_fp8_dynamic", (7, 5), 1, "REGISTERS", "fp8→fp32 in registers"),
     ("01_fp8_dynamic", (0, 0), 512, "DEQUANTIZED", "dequantized to fp16 (a CPU)"),
     ("03_smoothquant_w8a8", (7, 5), 8, "TENSOR_CORES", "int8 tensor cores"),
     ("03_smoothquant_w8a8", (7, 0), 8, "DEQUANTIZED",
-     "dequantized to fp16 (tensor cores need SM 7.5)"),
+     "dequantized to fp16 (needs SM 7.5, Triton for one token, widths in 16s)"),
     ("03_smoothquant_w8a8", (7, 5), 1, "REGISTERS", "int8→int32 in registers"),
     ("rtn_w4a16", (9, 0), 8, "DEQUANTIZED",
      "dequantized to fp16 (PyTorch multiplies no int4)"),
@@ -144,14 +144,14 @@ def test_routes(models, monkeypatch, label, sm, tokens, route, said):
 
 
 def test_without_triton_a_gpu_dequantizes_one_token_and_says_why(models, monkeypatch):
-    """Name the reason that holds: an H100 has the tensor cores that FP8 needs."""
+    """Name what it needs: an H100 has the tensor cores, and no Triton."""
     monkeypatch.setattr(quant_lab, "triton", None)
     model = load(models["01_fp8_dynamic", True], True, (9, 0))
     for linear in packed_linears(model):
         dense = linear.kind == "dense"
         assert linear.choose_route(1).name == ("DENSE" if dense else "DEQUANTIZED")
         assert linear.describe_route(1) == (
-            "fp16" if dense else "dequantized to fp16 (needs Triton)")
+            "fp16" if dense else f"dequantized to fp16 ({quant_lab.NEEDS['fp8']})")
 
 
 def test_a_width_that_16_does_not_divide_is_dequantized(monkeypatch):
@@ -161,7 +161,7 @@ def test_a_width_that_16_does_not_divide_is_dequantized(monkeypatch):
     for tokens in (1, 8):
         assert linear.choose_route(tokens).name == "DEQUANTIZED"
         assert linear.describe_route(tokens) == (
-            "dequantized to fp16 (16 does not divide its width)")
+            "dequantized to fp16 (needs SM 7.5, Triton for one token, widths in 16s)")
     assert linear(torch.ones(2, 3, 24).half()).shape == (2, 3, 32)
 
 
@@ -395,7 +395,7 @@ def test_length_is_forced_past_the_end_of_sequence(
     """Time a model that wants to end at once on exactly the tokens asked for."""
     folder = small if tied else make_small(tmp_path, 128, tie_word_embeddings=False)
     options = quant_lab.Options(new_tokens=7, repeats=3, batch_sizes=(1, 2))
-    model = quant_lab.load_model(folder, "float32")
+    model = load_emulated(folder, "float32")
     calls = []
 
     def count(module, inputs, output):
@@ -455,7 +455,7 @@ def test_no_room_for_one_sequence_fails_the_row(lab, monkeypatch):
     monkeypatch.setattr(quant_lab, "Decoder", refuse)
     row, = run_all(lab("--variants", quant_lab.BASELINE))["variants"]
     assert row["status"] == "failed" and row["decode"] is None
-    assert row["error"].startswith("OutOfMemoryError: CUDA out of memory; try less --cali")
+    assert row["error"].startswith("OutOfMemoryError: CUDA out of memory; less --window")
 
 
 def time_on_cpu(label, output, prompt, options, device, compiled):
@@ -478,9 +478,9 @@ def die_if_compiled(*inputs):
 def on_gpu(labs, monkeypatch):
     """Return a function that times a variant as on a GPU, which is the CPU."""
     monkeypatch.setattr(quant_lab, "time_variant", time_on_cpu)
-    lab = replace(labs[True], device=torch.device("cuda", 0))
+    lab = vary(labs[True], device=torch.device("cuda", 0))
     return lambda label, **changes: quant_lab.benchmark_speed(
-        label, replace(lab, options=replace(lab.options, **changes)))
+        label, vary(lab, options=replace(lab.options, **changes)))
 
 
 def test_compiling_that_fails_is_measured_eagerly_and_said(on_gpu, monkeypatch):
@@ -525,7 +525,7 @@ def test_a_notebook_has_one_process_and_says_so(on_gpu, monkeypatch, quick_compi
     monkeypatch.setattr(quant_lab, "IN_NOTEBOOK", True)
     monkeypatch.setattr(quant_lab, "run_apart", refuse)
     row = on_gpu(quant_lab.BASELINE)
-    assert row["runs_as"] == "fp16 · compiled, in one process with the others"
+    assert row["runs_as"] == "fp16 · compiled, in a process with the others"
     assert row["compile_seconds"] > 0
 
 
@@ -538,12 +538,13 @@ def test_what_is_not_compiled_says_so(on_gpu, monkeypatch, changes):
 
 def test_the_prompt_is_the_evaluation_text(labs, monkeypatch):
     """Take 512 of its tokens, repeat a shorter text, leave room for the new tokens."""
-    monkeypatch.setattr(quant_lab, "time_variant", lambda label, output, prompt, *_: prompt)
-    lab = replace(labs[True], context=2048)
+    monkeypatch.setattr(quant_lab, "time_variant", lambda label, output, prompt, *_: dict(
+        prompt=prompt, runs_as="fp16"))
+    lab = vary(labs[True], context=2048)
     for count, context, wanted in ((700, 2048, 512), (300, 2048, 512), (700, 100, 96)):
         ids = torch.arange(count)
         found = quant_lab.benchmark_speed(
-            "label", replace(lab, eval_ids=ids, context=context))
+            "label", vary(lab, eval_ids=ids, context=context))["prompt"]
         assert found == [place % count for place in range(wanted)]
 
 
@@ -630,7 +631,7 @@ def test_graphs_on_a_gpu_say_what_eager_decoding_does(models, label):
     """Compare the first token; later ones may part, once a rounding tips one."""
     found = []
     for compiled in (False, True):
-        model = quant_lab.load_model(models[label, True], "float16").to("cuda")
+        model = load_emulated(models[label, True], "float16").to("cuda")
         quant_lab.pack_model(model, torch.cuda.get_device_capability())
         decoder = quant_lab.Decoder(
             model, torch.arange(5, 45, device="cuda")[None], 9, compiled)
