@@ -80,10 +80,10 @@ HERE = Path.cwd() if IN_NOTEBOOK else Path(__file__).resolve().parent
 
 WxAy means weights of x bits and activations of y. SM is a GPU's compute capability.
 
-| label | weights | activations | computes in |
+| label | weights | activations | tensor cores |
 | --- | --- | --- | --- |
 | `01_fp8_dynamic` | FP8, a scale per output | FP8, per token | SM 8.9 (L4, H100) |
-| `02_gptq_w4a16` | int4, a scale per 128 inputs | 16-bit | unpacked, 16-bit |
+| `02_gptq_w4a16` | int4, a scale per 128 inputs | 16-bit | 16-bit, unpacked |
 | `03_smoothquant_w8a8` | int8, a scale per output | int8, per token | SM 7.5 (T4) |
 
 - [FP8](https://arxiv.org/abs/2209.05433) rounds weights to nearest. It needs no data:
@@ -95,9 +95,9 @@ WxAy means weights of x bits and activations of y. SM is a GPU's compute capabil
   per channel and multiplies the weights by it, which moves outliers to where they do
   less harm. Its GPTQ has `actorder=None`: the default writes a key into the checkpoint
   that the compressed-tensors of vLLM 0.20 to 0.22 rejects for W8A8.
-- `rtn_w4a16`, on request, rounds `02_gptq_w4a16`'s format to nearest, as its control.
+- `rtn_w4a16`, on request, rounds to nearest in that format: the control of GPTQ.
 
-Embedding and `lm_head` stay 16-bit. To add a recipe, add an entry: nothing else."""
+Embedding and `lm_head` stay 16-bit. To add a recipe, add an entry at the end."""
 
 # %%
 # recipe(modifiers, options) returns new llmcompressor modifiers.
@@ -116,7 +116,7 @@ VARIANTS = {
     "rtn_w4a16": Variant("W4A16", lambda m, o: [
         m.QuantizationModifier(scheme="W4A16", **LINEAR)]),
 }
-BASELINE, GPTQ, CONTROL = "00_fp16_baseline", "02_gptq_w4a16", "rtn_w4a16"
+BASELINE, CONTROL = "00_fp16_baseline", "rtn_w4a16"
 
 # %% [markdown]
 """## Options
@@ -155,7 +155,7 @@ class Options:
     eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
     window: int = option(2048, "tokens; 2048 compares with papers", 2)
     max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
-    kld_tokens: int = option(8192, "more for a narrower interval; they fill a file", 1)
+    kld_tokens: int = option(8192, "more for a narrower interval; they fill memory", 1)
     dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
     smoothing_strength: float = option(0.8, "less leaves more to activations", 0, 1)
     new_tokens: int = option(64, "length of the completions", 2)
@@ -303,7 +303,7 @@ def fetch_column(files: str, column: str, rows: int | None = None) -> list:
 
 # %%
 def read_chats(file: Path) -> list[list[dict]]:
-    """Return chats of a .jsonl; the first line that is none exits with 2."""
+    """Return chats of a .jsonl; the first line that is no chat exits with 2."""
     chats, roles = [], {"system", "user", "assistant", "tool"}
     lines = file.read_text(encoding="utf-8-sig").rstrip().split("\n")
     advice = 'no conversation {"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -355,9 +355,9 @@ def load_evaluation(options: Options, tokenizer, context: int) -> Tensor:
 """## Quantize
 
 Six beats: load the model, build the recipe, `oneshot`, save, hash, rename.
-[llmcompressor](https://docs.vllm.ai/projects/llm-compressor) writes the baseline too,
-with an empty recipe, so one writer writes all the bytes that are compared. Each
-modifier of a recipe takes its own pass over the calibration chats, layer by layer.
+Each modifier of a [llmcompressor](https://docs.vllm.ai/projects/llm-compressor) recipe
+takes its own pass over the calibration chats, layer by layer; the baseline has none. In
+`lab` is what the runs share: options, device, model, texts, rows (see `set_up`).
 
 - **MB, size**: bytes of the safetensors, in units of 10^6, and over the baseline's. A
   small model does not become four times smaller in four bits: its embedding, more than
@@ -448,12 +448,13 @@ Qwen's vocabulary in float16), so two models never have to fit on a GPU at once.
 **Tokens**: how many of a greedy completion go by before the first that differs from the
 reference's, the mean of eight prompts: few, so read the completions, do not rank by it.
 
-**The interval** (±: half of 95 %) speaks for the choice of text, not for that of chats.
-What stands in one article errs together, so neither tokens nor windows are independent:
-consecutive windows are joined into at most 30 blocks, and the spread of the blocks is
-what counts: the standard error of a ratio of sums over clusters (Cochran, *Sampling
-Techniques*, 1977, section 6.3) times Student's t (Abramowitz and Stegun 26.7.5). Fewer
-than three windows have none. Two seeds tell what the choice of chats adds."""
+**The interval** of 95 % (±: its half) speaks for the choice of text, not for that of
+chats. What stands in one article errs together, so neither tokens nor windows are
+independent: consecutive windows are joined into at most 30 blocks, and the spread of
+the blocks is what counts: the standard error of a ratio of sums over clusters (Cochran,
+*Sampling Techniques*, 1977, section 6.3) times Student's t (Abramowitz and Stegun
+26.7.5). Fewer than three windows have none. Two seeds tell what the choice of chats
+adds."""
 
 # %%
 LOGITS_BYTES, BLOCKS, CHUNK = 5 * 10**9, 30, 128
@@ -513,7 +514,7 @@ def estimate(values: Tensor, windows: Tensor, scale=float, name="value") -> dict
     blocks = min(len(found), BLOCKS)
     if blocks < 3:
         return {name: scale(mean), "low": None, "high": None}
-    sums = torch.bincount(places * blocks // len(found), values - mean)
+    sums = torch.bincount(places * blocks // len(found), weights=values - mean)
     error = math.sqrt(sums.square().sum() * blocks / (blocks - 1)) / len(values)
     n = blocks - 1  # Degrees of freedom; 1.960 is the normal distribution's.
     t = 1.960 + 2.372 / n + 2.822 / n**2 + 2.556 / n**3 + 1.589 / n**4
@@ -522,16 +523,16 @@ def estimate(values: Tensor, windows: Tensor, scale=float, name="value") -> dict
 
 def measure_quality(model, lab: SimpleNamespace) -> dict:
     """Return perplexity and, against the reference, ratio, KLD, agreement, tokens."""
-    options, compared, completions = lab.options, [], []
+    options, parts, completions = lab.options, [], []
 
     def compare(number, logits):
-        stored = lab.reference.logits[len(compared)].to(logits.device)
+        stored = lab.reference.logits[len(parts)].to(logits.device)
         p, q = (F.log_softmax(x.double(), dim=-1) for x in (stored, logits))
         kld, same = (p.exp() * (p - q)).sum(-1), stored.argmax(-1) == logits.argmax(-1)
-        compared.append(torch.stack([kld, same, torch.full_like(kld, number)]).cpu())
+        parts.append(torch.stack([kld, same, torch.full_like(kld, number)]).cpu())
 
     losses = score_text(model, lab.eval_ids, options, compare)
-    kld, agrees, windows = torch.cat(compared, dim=1)
+    kld, agrees, windows = torch.cat(parts, dim=1)
     every_window = torch.arange(len(losses)).repeat_interleave(losses.shape[1])
     perplexity = estimate(losses.flatten(), every_window, math.exp)
     # Paired token by token: what makes the text hard cancels.
@@ -614,7 +615,7 @@ class Decoder:
         if prefilled is None:
             compile_layers(model, compiled)
             self.prefill()  # Uncompiled: it makes the cache.
-            self.prefill = record(self, self.prefill, compiled)
+            self.prefill = record(self, self.prefill, compiled)  # A graph from here.
             self.prefill()
         else:  # A batch copies the cache of one sequence.
             for mine, theirs in zip(self.cache, prefilled.cache):
@@ -668,7 +669,7 @@ def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> di
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight.data_ptr() == head.weight.data_ptr()
     for batch in options.batch_sizes:
-        decoder = None  # Frees the one before, unless it is the first.
+        decoder = None  # Frees the one before; `single` keeps the first.
         try:
             decoder = Decoder(
                 model, prompt, options.new_tokens, compiled, single, batch)
@@ -708,7 +709,7 @@ number of threads: what was measured under different conditions never meets in a
 Where anything differs the run is refused and names it. Other changes of the script go
 unnoticed: `--fresh`.
 
-On a GPU each variant is timed in a process of its own: on an H100 the first model that
+Each compiled variant is timed in a process of its own: on an H100 the first model that
 a process compiles decodes some 14 % faster than each later one, the same model again
 included, and why is not known. A notebook has but one process, and `runs_as` says so;
 where compiling fails, the variant is timed uncompiled, and `runs_as` says that.
@@ -727,10 +728,10 @@ MAY_DIFFER = "--variants", "--output-dir", "--fresh", "memory_bytes"
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     """Return the head of results.json: all that shapes a figure."""
     options, folder, chats = lab.options, lab.model_folder, lab.options.calibration_data
-    is_local, chats = find_path(options.model), find_path(chats)
+    is_local, chats_file = find_path(options.model), find_path(chats)
     inputs = dict(model_files=fingerprint(hash_files(folder)),
                   eval_tokens=fingerprint(lab.eval_ids.tolist()),
-                  chats=chats and fingerprint(hash_files(chats)))
+                  chats=chats_file and fingerprint(hash_files(chats_file)))
     for label in VARIANTS:
         inputs[f"recipe of {label}"] = repr(build_recipe(label, options))
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
@@ -758,7 +759,7 @@ def take_over(output: Path, head: dict) -> dict[str, dict]:
         return {}
     before = read_json(file)
     if before.get("schema") != SCHEMA:
-        stop(f"--output-dir {output}: results of another version; {way_out} them")
+        stop(f"--output-dir {output}: old or broken results.json; {way_out} it")
     rows = {row["label"]: row for row in before["variants"] if row["status"] == "ok"}
     old, new = list_conditions(before), list_conditions(head)
     for name in new if rows else ():
@@ -847,7 +848,7 @@ def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> di
         except Exception as error:
             row["error"] = describe(error)
             if lacks_memory(error):
-                row["error"] += "; less --window or --calibration-length, or --model"
+                row["error"] += "; less --window, --calibration-length, smaller --model"
             shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
             with contextlib.suppress(OSError):  # The disk may be full.
                 traceback.print_exc()
@@ -859,7 +860,7 @@ def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> di
 Whatever is shown is rendered from `results.json`. ± is half the interval; where it is
 lopsided, its ends stand in brackets, as do those of a timing. –: not measured.
 
-A run shows at once five figures beside the baseline's, each with its ratio, then where
+A run shows at once five figures beside the baseline's, with their ratios, and then how
 it ran (`runs_as`), since a figure of a format that was dequantized says little about
 that format, and one completion of each. Read it: a model can keep its perplexity and
 lose the thread. Batches and prefill stand in the tables, and often rank the formats
@@ -904,7 +905,7 @@ def format_figure(value: float | str | dict, digits: int, unit: float = 1) -> st
     if not isinstance(value, dict):
         return f"{unit * value:,.{digits if abs(unit * value) < 1000 else 0}f}"
     write = partial(format_figure, digits=digits, unit=unit)
-    middle, low, high = list(value.values())[:3]
+    middle, low, high = list(value.values())[:3]  # All figures begin with these.
     if low is None:
         return write(middle)
     ends = f"{write(low)}–{write(high)}"
@@ -1037,7 +1038,7 @@ def render_verdict(rows: list[dict]) -> str:
 """# Machinery: skip this at first reading
 
 What follows makes the formats run packed and fast, keeps libraries and files in order,
-and writes the report. Nothing in it changes what is measured.
+and writes the report. What is measured, and how, was said above.
 
 ## Packed Linears
 
@@ -1066,7 +1067,7 @@ first to be called computes for all, the others cut their slice of it."""
 
 # %%
 def place_model(folder: Path, options: Options, device: torch.device):
-    """Return a causal LM on the device, packed or not; ValueError if weights lack."""
+    """Return a causal LM on the device, packed or not; ValueError if incomplete."""
     from transformers import AutoModelForCausalLM
     free_memory()
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -1151,7 +1152,7 @@ class PackedLinear(torch.nn.Module):
         elif route is Route.DEQUANTIZED:
             x = x if x_scale is None else x.to(dtype) * x_scale
             y = F.linear(x, dequantize(kind, self.weight, self.scale), self.bias)
-        elif route is Route.REGISTERS or (kind == "int8" and has_dot):
+        elif route is Route.REGISTERS or (kind == "int8" and has_dot):  # Own kernels.
             kind = "fp8_bits" if kind == "fp8" and not self.native else kind
             y = multiply(kind, x, self.weight, self.scale, x_scale, self.bias, dtype)
         else:
@@ -1229,9 +1230,9 @@ def pack_model(model, sm: tuple[int, int]) -> None:
 
 For one token, `row_kernel` multiplies a row by any format. INT4 has a trick: read as
 float32, an integer n below 2^24 is the number n * 2^-149. So the four bits at place i
-of a word need no shift and no conversion, only a mask: what their place adds, 16^i, is
-taken off the input beforehand, and a factor of 2^100 keeps the products normal. The 8
-that is added to each stored weight is subtracted once, as 8 times the sum of inputs.
+of a word need only a mask (the last two a shift): what their place adds, 16^i, is taken
+off the input beforehand, and a factor of 2^100 keeps the products normal. The 8 that is
+added to each stored weight is subtracted once, as 8 times the sum of inputs.
 
 FP8 below SM 8.9 (`fp8_bits`) is converted by moving bit fields, as in `dequantize`; its
 factor of 2^8 comes last. For INT8, `dp4a` makes four products and their sum in one
@@ -1477,8 +1478,8 @@ def record(decoder: Decoder, work: Callable, compiled: bool) -> Callable:
 """## Files and faults
 
 A wrong input ends in one line on stderr that names it and the way out, with exit code
-2. Files appear in one step, under their name or not at all. What the libraries print
-goes to `log.txt`."""
+2. JSON and checkpoints appear in one step, under their name or not at all. What the
+libraries print goes to `log.txt`."""
 
 # %%
 def stop(*lines: str):
@@ -1651,7 +1652,7 @@ def render_completions(rows: list[dict], number: int) -> str:
 
 def render_summary(results: dict) -> str:
     rows = results["variants"]
-    runs_as = [fill(f"{row['label']}: {row['runs_as']}", "- ") for row in rows]
+    runs_as = [fill(f"{row['label']}: {row['runs_as'] or '–'}", "- ") for row in rows]
     return "\n\n".join([
         f"# quant_lab: {quote(results['model_name'])}", render_card(results),
         f"Measured {results['created']}.", "![Speed, bytes](summary.png)",
@@ -1680,7 +1681,7 @@ def draw_summary(results: dict):
     panels[0].set_yticks(range(len(rows)), [
         f"{row['label']}\nperplexity × {render_cell(row, QUALITY[3])}" for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
-    name = f"{results['model_name'][-60:]} on {results['machine']['name']}, to baseline"
+    name = f"{results['model_name'][-50:]} on {results['machine']['name']}, to baseline"
     figure.suptitle("\n".join([one_line(name), *list_best(rows)]), parse_math=False)
     return figure
 
@@ -1695,7 +1696,7 @@ def render_model_card(row: dict, results: dict) -> str:
         tags=["compressed-tensors", "llmcompressor"] if label != BASELINE else None)
     rows = [one for one in results["variants"] if one["label"] in (BASELINE, label)]
     return (f"---\n{data.to_yaml()}\n---\n\n# {quote(results['model_name'])}, "
-            f"{row['scheme']}\n\nWritten by llmcompressor; recipe.yaml says how. "
+            f"{row['scheme']}\n\nrecipe.yaml, if any, says how it was quantized; "
             "`vllm serve .` serves it. The licence is the original's.\n\n"
             f"{render_card(results)}\n\n{render_tables(results, rows)}\n")
 
@@ -1774,9 +1775,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """## Baseline
 
-float16, saved and loaded again. Before it, the reference is scored: ratio 1, KLD 0 and
-all tokens the same mean that the measurement repeats exactly. Anything else is noise,
-and no difference smaller than that counts below."""
+The model in `--dtype`, saved and loaded again, after the reference was scored. A ratio
+of 1, a KLD of 0 and all tokens the same show that the measurement repeats exactly; else
+it is noise, and no difference smaller than that counts below."""
 
 # %%
 if __name__ == "__main__":
@@ -1797,10 +1798,10 @@ if __name__ == "__main__":
 # %% [markdown]
 """## GPTQ W4A16
 
-The smallest and, in quality, the dearest: sixteen levels for the weights of a group of
-128. Activations stay 16-bit, so nothing is rounded while it runs: where bytes are what
-one waits for (one sequence, a large model) it is the fastest. Prefill and batches wait
-for arithmetic and have to unpack the weights first."""
+The smallest, and it costs the most quality: sixteen levels for the weights of a group
+of 128. Activations stay 16-bit, so nothing is rounded while it runs: where bytes are
+what one waits for (one sequence, a large model) it is the fastest. Prefill and batches
+wait for arithmetic and have to unpack the weights first."""
 
 # %%
 if __name__ == "__main__":
