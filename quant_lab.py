@@ -569,9 +569,8 @@ tokens, greedy, whatever the model's own settings ask for, so no variant ends ea
 - **TTFT**: time to the first token, the prefill. **Latency**: that and all new tokens.
 - **tokens/s**, **batch n**: tokens after the first over the seconds they take, for one
   sequence and for n copies of it, which all cost the same. Prefill is timed for one.
-- **bandwidth**: bytes that a step has to read (weights, but not an embedding that is
-  only looked up; the cache) over its time, as a part of what copying reaches on this
-  machine, reads and writes counted. What dequantizing moves besides is not counted.
+- **bandwidth**: bytes that a step has to read (weights, without an embedding that is
+  only looked up, and the cache) over its time, as a part of what copying reaches here.
 - **weights**: parameters and buffers in memory afterwards. **Peak**: the allocator's,
   in a prefill or a step of one sequence (GPU only).
 
@@ -661,10 +660,11 @@ class Decoder:
 @torch.no_grad()
 def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> dict:
     """Return speed and memory of continuing a prompt [1, n]; a batch may be "OOM"."""
-    timer = Timer(
-        "y.copy_(x)", f"x = torch.ones(10**8, device='{model.device}'); y = x.clone()",
-        num_threads=torch.get_num_threads())
-    bandwidth = 8 * 10**8 / timer.blocked_autorange().median  # 4 bytes read, 4 written.
+    size = 10**9 if prompt.is_cuda else 10**8  # Bytes, beyond any cache.
+    setup = "x = torch.ones(size, dtype=torch.int8, device=device); y = x.clone()"
+    timer = Timer("y.copy_(x)", setup, num_threads=torch.get_num_threads(),
+                  globals=dict(size=size, device=model.device))
+    bandwidth = 2 * size / timer.timeit(10).median  # Read and written, per second.
     steps, single, decode, preparing = options.new_tokens - 1, None, [], []
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight.data_ptr() == head.weight.data_ptr()

@@ -154,7 +154,6 @@ def test_what_does_not_fit_is_a_row_that_names_the_option(
              if line.startswith(f"{broken}  ")]
     assert steps[-1] == step, "the last line says what it was at"
     assert not list(build.output.rglob("*.partial"))
-    assert run_all(lab("--variants", LABELS[0], broken))["variants"][1]["status"] == "ok"
 
 
 def test_no_variant_leaves_anything_in_memory(lab):
@@ -235,15 +234,13 @@ def test_chats_without_text_are_refused(run_script, quick, tmp_path, content):
     assert run.code == 2 and "line 1" in run.err
 
 
-@pytest.mark.parametrize("real", [False, True])
-def test_a_base_model_of_odd_widths(run_script, quick, tmp_path, real):
+def test_a_base_model_of_odd_widths(run_script, quick, tmp_path):
     """No chat template, and widths that 128 does not divide: one row fails, with advice."""
-    folder = SHARED / "stories260k" if real else tmp_path / "base"
-    if not real:
+    folder = SHARED / "stories260k"  # A real model, where it lies beside the project.
+    if not folder.is_dir():
+        folder = tmp_path / "base"
         make_small(folder, hidden=64)
         (folder / "chat_template.jinja").unlink()
-    elif not folder.is_dir():
-        pytest.skip("the real data is not beside the project")
     run = run_script(*quick, "--model", folder)
     assert run.code == 2 and "--plain-text" in run.err and run.err.count("\n") == 1
     run = run_script(*quick, "--model", folder, "--plain-text", "--max-windows", 3)

@@ -455,7 +455,7 @@ def test_a_variant_that_overflows_alone_fails_alone(lab, monkeypatch):
     monkeypatch.setattr(quant_lab, "quantize_variant", spoil)
     rows = run_all(build)["variants"]
     assert [row["status"] for row in rows] == ["ok", "failed"], rows[1]["error"]
-    assert "float16" in rows[1]["error"] and "--dtype" in rows[1]["error"]
+    assert "not finite" in rows[1]["error"] and "--dtype" in rows[1]["error"]
     assert rows[1]["kld"] is None
 
 
@@ -549,7 +549,8 @@ def test_default_route_from_the_hub_and_again_from_the_cache(small, tmp_path):
 
     repos, lines = make_hub(tmp_path / "hub", small)
     output = tmp_path / "results" / "Qwen2.5-0.5B-Instruct-cpu"
-    words = ["--device", "cpu", "--batch-sizes", 1, "--repeats", 2, "--new-tokens", 8]
+    words = ["--device", "cpu", "--batch-sizes", 1, "--repeats", 2, "--new-tokens", 8,
+             "--variants", LABELS[0], LABELS[2]]
     home = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1", folder=tmp_path)
     with serve(repos) as hub:
         hub.fail_first = True
@@ -557,7 +558,7 @@ def test_default_route_from_the_hub_and_again_from_the_cache(small, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         assert hub.failed
     results = read_strict(output / "results.json")
-    assert [row["status"] for row in results["variants"]] == ["ok"] * 4
+    assert [row["status"] for row in results["variants"]] == ["ok"] * 2
     assert results["base_model"] == results["model_name"] == "Qwen/Qwen2.5-0.5B-Instruct"
     assert "256 chats" in done.stdout
     ids = AutoTokenizer.from_pretrained(TINY)("\n\n".join(
@@ -575,5 +576,5 @@ def test_default_route_from_the_hub_and_again_from_the_cache(small, tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     rows = read_rows(output)
     for number, (row, wanted) in enumerate(zip(rows, results["variants"], strict=True)):
-        for key in wanted if number != 2 else ("perplexity", "kld", "weight_bytes"):
+        for key in wanted if number != 1 else ("perplexity", "kld", "weight_bytes"):
             assert row[key] == wanted[key], "finished rows stay, and the chats are the same"

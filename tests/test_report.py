@@ -672,8 +672,8 @@ def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("QUANT_LAB_ARGS", (
-        "--demo --device cpu --max-windows 4 --repeats 2 --new-tokens 8 --batch-sizes 2 "
-        "--calibration-samples 4 --calibration-length 64 --kld-tokens 500 "
+        "--demo --device cpu --max-windows 3 --repeats 2 --new-tokens 4 --batch-sizes 2 "
+        "--calibration-samples 2 --calibration-length 32 --kld-tokens 100 "
         f"--variants {BASE} {FP8} {INT4} {INT8} {CONTROL} --output-dir '{tmp_path}'"))
     notebook = jupytext.read(SCRIPT)
     notebook.metadata["kernelspec"]["name"] = "python3"
