@@ -550,7 +550,7 @@ def test_default_route_from_the_hub_and_again_from_the_cache(small, tmp_path):
     repos, lines = make_hub(tmp_path / "hub", small)
     output = tmp_path / "results" / "Qwen2.5-0.5B-Instruct-cpu"
     words = ["--device", "cpu", "--batch-sizes", 1, "--repeats", 2, "--new-tokens", 8,
-             "--variants", LABELS[0], LABELS[2]]
+             "--calibration-length", 64, "--variants", LABELS[0], LABELS[2]]
     home = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1", folder=tmp_path)
     with serve(repos) as hub:
         hub.fail_first = True
