@@ -477,11 +477,10 @@ def score_text(model, ids: Tensor, options: Options, visit: Callable) -> Tensor:
             compared = compared.view(len(windows), -1)
         # In chunks: 2,048 x 151,936 logits take 1.2 GB in float32.
         chunks = (x.split(CHUNK) for x in (logits, window_ids[1:], compared[number]))
-        for part, targets, chosen in zip(*chunks):
+        for part, wanted, chosen in zip(*chunks):
             if not part.isfinite().all():
                 raise FloatingPointError("logits are not finite: try another --dtype")
-            loss = F.cross_entropy(part.float(), targets, reduction="none")
-            losses.append(loss.cpu())
+            losses.append(F.cross_entropy(part.float(), wanted, reduction="none").cpu())
             if chosen.any():
                 visit(number, part[chosen])
     return torch.cat(losses).view(len(windows), -1).double()
@@ -727,11 +726,11 @@ MAY_DIFFER = "--variants", "--output-dir", "--fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     """Return the head of results.json: all that shapes a figure."""
-    options, folder, chats = lab.options, lab.model_folder, lab.options.calibration_data
-    is_local, chats_file = find_path(options.model), find_path(chats)
+    options, folder = lab.options, lab.model_folder
+    is_local, chats = find_path(options.model), find_path(options.calibration_data)
     inputs = dict(model_files=fingerprint(hash_files(folder)),
                   eval_tokens=fingerprint(lab.eval_ids.tolist()),
-                  chats=chats_file and fingerprint(hash_files(chats_file)))
+                  chats=chats and fingerprint(hash_files(chats)))
     for label in VARIANTS:
         inputs[f"recipe of {label}"] = repr(build_recipe(label, options))
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
@@ -824,9 +823,10 @@ def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> di
     folder, start = lab.output / f"checkpoints/{label}", now()
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
                      fingerprint=lab.head["fingerprint"])
-    out = sys.stdout  # Below, sys.stdout is the log.
+    out, steps = sys.stdout, []  # Below, sys.stdout is the log.
 
     def say(step: str) -> None:
+        steps.append(step)
         print(f"{label:20} {now() - start:6,.0f} s  {step}", file=out, flush=True)
 
     with libraries_to(lab.output / "log.txt"):
@@ -846,9 +846,8 @@ def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> di
             say("timing")
             row |= benchmark_speed(label, lab) | dict(status="ok")
         except Exception as error:
-            row["error"] = describe(error)
-            if lacks_memory(error):
-                row["error"] += "; less --window, --calibration-length, smaller --model"
+            tip = f"; {steps[-1]}: less --window, --calibration-length, smaller --model"
+            row["error"] = describe(error) + (tip if lacks_memory(error) else "")
             shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
             with contextlib.suppress(OSError):  # The disk may be full.
                 traceback.print_exc()
@@ -958,12 +957,12 @@ def relate(row: dict, base: dict, key: str) -> tuple[float | None, str]:
     figures = read_figure(row, key), read_figure(base, key)
     if row["status"] == "failed":
         return None, "failed"
-    if any(map(is_noisy, figures)):
-        return None, "too noisy to rank"
     mine, theirs = (next(iter(figure.values())) if isinstance(figure, dict) else figure
                     for figure in figures)
     if mine in (None, "OOM") or theirs in (None, "OOM", 0):
         return None, "–"
+    if any(map(is_noisy, figures)):
+        return None, "too noisy to rank"
     return mine / theirs, f"{mine / theirs:.3f}"
 
 def render_result(label: str, results: dict) -> str:
@@ -1108,9 +1107,6 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
 
 Route = Enum("Route", "REGISTERS DENSE TENSOR_CORES DEQUANTIZED")
 TENSOR_CORES_FROM = dict(int8=(7, 5), fp8=(8, 9), int4=(99, 0))  # SM; INT4: never.
-NEEDS = dict(int8="needs SM 7.5, Triton for one token, widths in 16s",
-             fp8="needs SM 8.9, Triton for one token, widths in 16s",
-             int4="PyTorch multiplies no int4")
 
 # %%
 class PackedLinear(torch.nn.Module):
@@ -1136,7 +1132,10 @@ class PackedLinear(torch.nn.Module):
         route, kind, dense = self.choose_route(tokens), self.kind, self.scale is None
         short = DTYPES[str((self.weight if dense else self.scale).dtype)[6:]]
         total = "int32" if kind == "int8" else "fp32"
-        why = "a CPU" if self.sm == (0, 0) else NEEDS.get(kind)
+        why = "a CPU" if self.sm == (0, 0) else "PyTorch multiplies no int4"
+        if kind in ("int8", "fp8") and self.sm > (0, 0):
+            major, minor = TENSOR_CORES_FROM[kind]
+            why = f"needs SM {major}.{minor}, Triton for one token, widths in 16s"
         return {Route.REGISTERS: f"{short if dense else kind}→{total} in registers",
                 Route.DENSE: short, Route.TENSOR_CORES: f"{kind} tensor cores",
                 Route.DEQUANTIZED: f"dequantized to {short} ({why})"}[route]
@@ -1666,9 +1665,10 @@ def draw_summary(results: dict):
     from matplotlib.figure import Figure
     rows, batch = results["variants"], max(results["config"]["batch_sizes"])
     base = next((row for row in rows if row["label"] == BASELINE), ROW)
-    series = {"bytes on disk": "weight_bytes", "in memory": "weights_memory_bytes",
-              "tokens/s, one sequence": "decode_tok_s",
-              f"tokens/s, batch of {batch}": f"tok_s@{batch}"}
+    series = {"bytes on disk": "weight_bytes", "in memory": "weights_memory_bytes"}
+    for n in sorted({1, batch}):
+        what = "one sequence" if n == 1 else f"batch of {n}"
+        series[f"tokens/s, {what}"] = f"tok_s@{n}"
     figure = Figure(figsize=(13, 2.5 + 0.6 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(series), sharey=True)
     for axes, (title, key) in zip(panels, series.items()):
@@ -1676,8 +1676,7 @@ def draw_summary(results: dict):
         bars = axes.barh(range(len(rows)), [x or 0 for x in ratios], color="#9fc0dc")
         axes.bar_label(bars, texts, padding=3, bbox=dict(color="white", pad=0.5))
         axes.axvline(1, color="black", linestyle=":")
-        axes.set_title(title)
-        axes.margins(x=0.3)
+        axes.set(title=title, xmargin=0.3)
     panels[0].set_yticks(range(len(rows)), [
         f"{row['label']}\nperplexity × {render_cell(row, QUALITY[3])}" for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
@@ -1758,7 +1757,8 @@ def set_up(words: list[str]) -> SimpleNamespace:
         lab.lock = lock.acquire()  # Two runs would disturb each other's timings, too.
     if options.fresh:
         (lab.output / "results.json").unlink(missing_ok=True)
-        shutil.rmtree(lab.output / "checkpoints", ignore_errors=True)
+        for label in VARIANTS:
+            shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
     with libraries_to(lab.output / "log.txt"):
         lab.head = describe_run(lab, words)
     lab.rows = take_over(lab.output, lab.head)

@@ -261,13 +261,14 @@ def test_a_changed_option_is_refused(lab, capsys, finished, words):
 def test_fresh_forgets_what_other_options_made(run_script, quick, finished):
     words = [*quick, "--variants", *LABELS[:2], "--max-windows", 6]
     assert run_script(*words).code == 2
+    (finished / "checkpoints" / "step-1000").mkdir()
     run = run_script(*words, "--fresh")
     assert run.code == 0, run.out + run.err
     results = read_strict(finished / "results.json")
     assert results["config"]["max_windows"] == 6
     assert [(row["label"], len(row["window_losses"])) for row in results["variants"]] == [
         (label, 6) for label in LABELS[:2]]
-    assert sorted(os.listdir(finished / "checkpoints")) == LABELS[:2]
+    assert sorted(os.listdir(finished / "checkpoints")) == [*LABELS[:2], "step-1000"]
 
 
 def test_a_changed_model_text_or_chat_file_is_refused(lab, capsys, finished, tmp_path, texts):

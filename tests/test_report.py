@@ -561,6 +561,11 @@ def test_nothing_in_the_picture_overlaps(results, spoil):
         assert apart, f"{one!r} on {two!r}"
 
 
+def test_one_sequence_alone_is_drawn_once(results):
+    results["config"]["batch_sizes"] = [1]
+    assert list(read_bars(results)) == ["bytes on disk", "in memory", "tokens/s, one sequence"]
+
+
 def test_the_picture_shows_the_figures(results):
     rows = rows_of(results)
     base, batch = rows[BASE], max(results["config"]["batch_sizes"])
