@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ def pytest_collection_modifyitems(config, items):
 
     if "slow" not in config.option.markexpr:
         items[:] = [item for item in items if "slow" not in item.keywords]
-
+    items.sort(key=lambda item: "demo" in item.fixturenames)  # It runs beside the others.
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
@@ -198,14 +199,30 @@ def finished(finished_run, tmp_path):
     return shutil.copytree(finished_run, tmp_path / "out")
 
 
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """Run the whole demo once, on the CPU, with as many threads as PyTorch takes."""
+@pytest.fixture(scope="session", autouse=True)
+def running_demo(request, tmp_path_factory):
+    """Start the whole demo beside the first tests if one asks for it; return it and its folder.
+
+    It runs on the CPU with as many threads as PyTorch takes, which do not spin while they
+    wait: that would slow the other tests down, and changes no figure.
+    """
+    if not any("demo" in item.fixturenames for item in request.session.items):
+        return None
     import torch
 
     folder = tmp_path_factory.mktemp("demo")
     device = ["--device", "cpu"] if torch.cuda.is_available() else []
-    done = run_process("--demo", "--output-dir", folder, *device, OMP_NUM_THREADS=None)
+    beside = ThreadPoolExecutor(1).submit(
+        run_process, "--demo", "--output-dir", folder, *device, OMP_NUM_THREADS=None,
+        OMP_WAIT_POLICY="PASSIVE")
+    return beside, folder
+
+
+@pytest.fixture(scope="session")
+def demo(running_demo):
+    """Return what the demo printed and wrote."""
+    beside, folder = running_demo
+    done = beside.result()
     assert done.returncode == 0, done.stdout + done.stderr
     return SimpleNamespace(out=done.stdout, err=done.stderr, folder=folder,
                            results=read_strict(folder / "results.json"))
