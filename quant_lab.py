@@ -29,7 +29,9 @@ be skipped at first reading; the runs are at the end."""
 import argparse
 import contextlib
 import gc
+import gzip
 import hashlib
+import inspect
 import importlib.metadata
 import json
 import logging
@@ -49,21 +51,28 @@ import textwrap
 import threading
 import time
 import traceback
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from enum import Enum
 from functools import partial
 from itertools import islice, product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import psutil
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.benchmark import Timer
+from safetensors import safe_open
 from tqdm import tqdm
 
 try:
@@ -95,14 +104,21 @@ WxAy means weights of x bits and activations of y. SM is a GPU's compute capabil
   per channel and multiplies the weights by it, which moves outliers to where they do
   less harm. Its GPTQ has `actorder=None`: the default writes a key into the checkpoint
   that the compressed-tensors of vLLM 0.20 to 0.22 rejects for W8A8.
-- `rtn_w4a16`, on request, rounds to nearest in that format: the control of GPTQ.
+- On request: `rtn_w4a16` rounds to nearest in that format, the control of GPTQ.
+  [AWQ](https://arxiv.org/abs/2306.00978) does so, too, after scaling up channels that
+  see the largest activations. `w8a16` leaves activations alone; `fp8_block` has a scale
+  per 128 x 128 weights and per 128 activations, as DeepSeek-V3 was trained.
 
-Embedding and `lm_head` stay 16-bit. To add a recipe, add an entry at the end."""
+Embedding, `lm_head` and vision towers stay 16-bit. Groups are smaller where 128 does
+not divide each width. To add a recipe, add an entry at the end: any scheme of
+compressed-tensors is measured. What no kernel here implements runs *emulated*, as its
+row says: weights unpacked, rounding of activations simulated."""
 
 # %%
 # recipe(modifiers, options) returns new llmcompressor modifiers.
 Variant = namedtuple("Variant", "scheme recipe calibrated", defaults=[False])
-LINEAR = dict(targets="Linear", ignore=["lm_head"])
+LINEAR = dict(targets="Linear", ignore=[
+    "lm_head", "re:.*(embed_out|vision|visual|audio|multi_modal|projector).*"])
 VARIANTS = {
     "00_fp16_baseline": Variant("FP16", lambda m, o: []),
     "01_fp8_dynamic": Variant("FP8_DYNAMIC", lambda m, o: [
@@ -115,8 +131,14 @@ VARIANTS = {
                        **LINEAR)], True),
     "rtn_w4a16": Variant("W4A16", lambda m, o: [
         m.QuantizationModifier(scheme="W4A16", **LINEAR)]),
+    "awq_w4a16": Variant("W4A16", lambda m, o: [
+        m.AWQModifier(), m.QuantizationModifier(scheme="W4A16", **LINEAR)], True),
+    "w8a16": Variant("W8A16", lambda m, o: [
+        m.QuantizationModifier(scheme="W8A16", **LINEAR)]),
+    "fp8_block": Variant("FP8_BLOCK", lambda m, o: [
+        m.QuantizationModifier(scheme="FP8_BLOCK", **LINEAR)]),
 }
-BASELINE, CONTROL = "00_fp16_baseline", "rtn_w4a16"
+BASELINE, DEFAULT = "00_fp16_baseline", tuple(VARIANTS)[:4]
 
 # %% [markdown]
 """## Options
@@ -128,6 +150,11 @@ same words into the environment first, as in `%env QUANT_LAB_ARGS=--demo`."""
 # %%
 ULTRACHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k", "Salesforce/wikitext"
 DTYPES = dict(float16="fp16", bfloat16="bf16", float32="fp32")
+GROUPS = 128, 64, 32
+ROLES = dict(system="system", user="user", human="user", prompt="user", tool="tool",
+             assistant="assistant", gpt="assistant", completion="assistant",
+             function="tool", observation="tool")
+CHAT_ADVICE = 'give {"messages": [{"role": "user", "content": "..."}, ...]}'
 PROMPTS = (
     "What is a dictionary in Python? Answer in two sentences.",
     "A train covers 60 km in 45 minutes. What is its average speed in km/h?",
@@ -147,15 +174,16 @@ def option(default, remark: str, low=None, high=math.inf, choices=None):
 @dataclass(frozen=True)
 class Options:
     model: str = option("Qwen/Qwen2.5-0.5B-Instruct", "hub id or folder of a causal LM")
-    variants: tuple = option(tuple(VARIANTS)[:4], f"fewer, to be quick; or {CONTROL}")
+    variants: tuple = option(DEFAULT, "all, or parts of labels: fp8 w4a16 rtn awq")
     output_dir: str = option("", "where to write, if not results/<model>-<device>")
-    calibration_data: str = option(ULTRACHAT, "a .jsonl closer to your traffic")
+    calibration_data: str = option(ULTRACHAT, "a .json(l) closer to your traffic")
     calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
     calibration_length: int = option(1024, "tokens a sample; less to save memory", 8)
     eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
     window: int = option(2048, "tokens; 2048 compares with papers", 2)
     max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
-    kld_tokens: int = option(8192, "more for a narrower interval; they fill memory", 1)
+    group_size: int = option(0, "of int4; 0 is the largest of these that divides all "
+                                "widths", choices=(0, *GROUPS))
     dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
     smoothing_strength: float = option(0.8, "less leaves more to activations", 0, 1)
     new_tokens: int = option(64, "length of the completions", 2)
@@ -164,7 +192,8 @@ class Options:
     execution: str = option("packed", "emulated is what plain transformers does",
                             choices=("packed", "emulated"))
     no_compile: bool = option(False, "a quick look at speed; a CPU never compiles")
-    dtype: str = option("float16", "another if float16 overflows", choices=DTYPES)
+    dtype: str = option("float16", "another if float16 overflows",
+                        choices=(*DTYPES, *DTYPES.values()))
     device: str = option("auto", "cpu runs anywhere", choices=("auto", "cuda", "cpu"))
     seed: int = option(42, "to see what the choice of chats changes", 0, 2**32 - 1)
     plain_text: bool = option(False, "no chat template, for a base model")
@@ -182,32 +211,54 @@ def read_words() -> list[str]:
         return (shlex.split(os.environ.get("QUANT_LAB_ARGS", "")) if IN_NOTEBOOK
                 else sys.argv[1:])
 
+def find_label(word: str) -> str:
+    """Return the label that a word is a part of: of the default ones, else of all."""
+    for labels in ([word], DEFAULT, VARIANTS):
+        matches = [label for label in labels if word in label and label in VARIANTS]
+        if len(matches) == 1:
+            return matches[0]
+    stop(f"--variants {word!r}: no label, nor a part of just one; choose from all, "
+         f"{', '.join(VARIANTS)}")
+
 def parse_options(words: list[str]) -> Options:
     """Read options from command-line words; a bad name or value exits with 2."""
     parser = argparse.ArgumentParser(
         "quant_lab.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: stop(f"{message}; --help lists the options")
+    flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(Options)}
+
+    def refuse(message: str):
+        unknown = re.search(r"arguments: (--[^\s=]+)", message)
+        close = unknown and get_close_matches(unknown[1], flags.values(), 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        stop(f"{message}{hint}; --help lists the options")
+
+    parser.error = refuse
     for f in fields(Options):
-        several = isinstance(f.default, tuple)
-        form = dict(type=type(f.default[0] if several else f.default),
-                    choices=f.metadata["choices"], nargs="+" if several else None)
-        if isinstance(f.default, bool):
+        form = dict(type=type(f.default), choices=f.metadata["choices"])
+        if isinstance(f.default, tuple):
+            form = dict(nargs="+")
+        elif isinstance(f.default, bool):
             form = dict(action="store_true")
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **form,
+        parser.add_argument(flags[f.name], default=f.default, **form,
                             help=f.metadata["remark"] + " [%(default)s]")
     if "--demo" in words:
         parser.set_defaults(**DEMO)
     given = vars(parser.parse_args(words))
     for f in fields(Options):
         low, high, value = f.metadata["low"], f.metadata["high"], given[f.name]
-        for one in value if isinstance(f.default, tuple) else [value]:
+        if several := isinstance(f.default, tuple):  # Commas separate, too.
+            kind, value = type(f.default[0]), ",".join(map(str, value)).split(",")
+            with usable(flags[f.name], ",".join(value), "give numbers"):
+                value = given[f.name] = [kind(one) for one in value]
+        for one in value if several else [value]:
             if low is not None and not low <= one <= high:
-                stop(f"--{f.name.replace('_', '-')} {one}: not from {low} to {high}")
-    labels = ",".join(given["variants"]).split(",")
-    for label in set(labels) - VARIANTS.keys():
-        stop(f"--variants {label!r}: choose from {', '.join(VARIANTS)}")
+                stop(f"{flags[f.name]} {one}: not from {low} to {high}")
+    labels = {BASELINE, *(VARIANTS if "all" in given["variants"]
+                          else map(find_label, given["variants"]))}
+    long = {short: dtype for dtype, short in DTYPES.items()}
     return Options(**given | dict(
+        dtype=long.get(given["dtype"], given["dtype"]),
         variants=tuple(v for v in VARIANTS if v in labels),
         batch_sizes=tuple(sorted({1, *given["batch_sizes"]}))))
 
@@ -250,37 +301,61 @@ def find_path(name: str) -> Path | None:
     paths = Path(os.path.expanduser(name)), HERE / name
     return next(filter(os.path.exists, paths), None)
 
-def tokenize_prompt(tokenizer, prompt: str) -> dict[str, Tensor]:
-    """Return a prompt in the chat template: input_ids, attention_mask, each [1, n]."""
-    return tokenizer.apply_chat_template(
+def tokenize_prompts(tokenizer) -> list[Tensor]:
+    """Return PROMPTS in the chat template, token ids [1, n] each."""
+    return [tokenizer.apply_chat_template(
         [dict(role="user", content=prompt)], add_generation_prompt=True,
-        return_tensors="pt", return_dict=True)
+        return_tensors="pt", return_dict=True).input_ids for prompt in PROMPTS]
+
+def find_obstacle(folder: Path) -> str | None:
+    """Return why a model cannot be measured, and the way out; None if it can."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    names = " ".join([folder.name, *(file.name for file in folder.glob("*"))])
+    config = read_json(folder / "config.json")
+    kind = (config.get("architectures") or [None])[0]
+    whole = ".safetensors" in names
+    for holds, obstacle in (
+            ("adapter_config.json" in names, "is a LoRA adapter: merge it into its "
+             "model (PEFT: merge_and_unload, save_pretrained) and give that"),
+            ("modules.json" in names, "is an embedding model, it writes no text"),
+            ("quantization_config" in config, "is quantized already, give the model it "
+             "was made from"),
+            (".gguf" in names and not whole, "is GGUF, give what it was made from"),
+            (not config, "is no folder with a config.json"),
+            (kind and kind not in str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()),
+             f"is {kind}, no causal LM that transformers knows"),
+            (not whole, "has no safetensors: load and save_pretrained it, give that")):
+        if holds:
+            return obstacle
 
 def open_model(options: Options) -> tuple[Path, object, int]:
     """Return a chat model's folder (fetched if need be), tokenizer, context length."""
     import transformers
     from huggingface_hub import snapshot_download
     transformers.logging.set_verbosity_error()  # Warnings quote a model's files.
-    with usable("--model", options.model, "give a folder or a hub id (needs network)"):
-        folder = find_path(options.model) or Path(snapshot_download(
-            options.model, ignore_patterns=["*/*", "consolidated*"],
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
-        if read_json(folder / "config.json").get("quantization_config"):
-            raise ValueError("is quantized already, give the model it was made from")
+    folder = find_path(options.model)
+    if not folder:
+        files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+        with usable("--model", options.model, "give a folder, or a hub id and network"):
+            folder = Path(snapshot_download(
+                options.model, ignore_patterns=["*/*", "consolidated*"],
+                allow_patterns=files))
+    if obstacle := find_obstacle(folder):
+        stop(f"--model {options.model}: {obstacle}")
+    with usable("--model", options.model, "give the whole folder of a causal LM"):
         # On "meta" it takes no memory, but each file is opened and must be whole.
         transformers.logging.disable_progress_bar()
         model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, device_map="meta", trust_remote_code=False, use_safetensors=True)
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False)
-        ids = tokenizer("word").input_ids
         if options.plain_text:  # Turns without roles, begun as the tokenizer does.
-            begin = "{{ bos_token }}" if ids[:1] == [tokenizer.bos_token_id] else ""
+            begin = "{{ bos_token }}" if list_specials(tokenizer) else ""
             turns = "{{ messages | map(attribute='content') | join('\n') }}"
             tokenizer.chat_template = begin + turns
-        if not ids or not tokenizer.chat_template:
+        if not tokenizer("word").input_ids or not tokenizer.chat_template:
             raise ValueError("no tokenizer or chat template; base models: --plain-text")
-        longest = max(tokenize_prompt(tokenizer, p).input_ids.shape[1] for p in PROMPTS)
+        longest = max(ids.shape[1] for ids in tokenize_prompts(tokenizer))
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or 2**31
     if longest + options.new_tokens > context:
@@ -302,40 +377,87 @@ def fetch_column(files: str, column: str, rows: int | None = None) -> list:
     return read_json(kept)[column]
 
 # %%
-def read_chats(file: Path) -> list[list[dict]]:
-    """Return chats of a .jsonl; the first line that is no chat exits with 2."""
-    chats, roles = [], {"system", "user", "assistant", "tool"}
-    lines = file.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    advice = 'no conversation {"messages": [{"role": "user", "content": "..."}, ...]}'
+def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
+    """Return a chat's format and its turns, or text as it is; ValueError if unknown."""
+    forms = ("messages", "conversations", "prompt completion", "text")
+    form = next((form for form in forms if set(form.split()) <= set(entry)), None)
+    if not form:
+        raise ValueError(f"is {type(entry).__name__} of {', '.join(map(str, entry))}")
+    if form == "text" and entry["text"].strip():
+        return form, entry["text"]
+    chat = []
+    for key in form.split():
+        part = entry[key]
+        for turn in [{"role": key, "content": part}] if isinstance(part, str) else part:
+            role, content = turn.get("role", turn.get("from")), turn.get("content")
+            content = turn.get("value") if content is None else content
+            if isinstance(content, list):
+                content = "\n".join(part.get("text", "") for part in content)
+            elif content is None and turn.get("tool_calls"):
+                content = ""
+            if role not in ROLES or not isinstance(content, str):
+                raise ValueError(f"has {type(content).__name__} content by {role}")
+            chat.append(turn | dict(role=ROLES[role], content=content))
+    if not any(turn["content"].strip() for turn in chat):
+        raise ValueError("has no text")
+    return form, chat
+
+def read_chats(file: Path) -> list:
+    """Return chats of a file, one a line or one JSON array, also gzipped."""
+    content, kinds, chats = file.read_bytes(), Counter(), []
+    content = gzip.decompress(content) if file.suffix == ".gz" else content
+    text = content.decode("utf-8-sig").strip()
+    is_array = text.startswith("[")
+    lines = map(json.dumps, json.loads(text)) if is_array else text.split("\n")
     for number, line in enumerate(lines, 1):
-        if lines[1:] and not line.strip():
-            continue
-        with usable("--calibration-data", f"{file}, line {number}", advice):
-            chats.append(json.loads(line)["messages"])
-            texts = [turn["content"].strip() for turn in chats[-1]]
-            if not any(texts) or {turn["role"] for turn in chats[-1]} - roles:
-                raise ValueError("no text, or a role that is not known")
+        where = f"{file}, {'entry' if is_array else 'line'} {number}"
+        with usable("--calibration-data", where, CHAT_ADVICE):
+            if line.strip() or not chats:
+                form, chat = read_chat(json.loads(line))
+                kinds[form] += 1
+                chats.append(chat)
+    print(f"chats        {', '.join(f'{n} of {form}' for form, n in kinds.items())}")
     return chats
 
 def load_calibration(options: Options, tokenizer, context: int) -> dict[str, list]:
     """Return the calibration chats' input_ids and attention_mask, a list of each."""
     source, wanted = options.calibration_data, options.calibration_samples
+    samples, refused = [], []
     with usable("--calibration-data", source, "give a .jsonl (default: needs network)"):
         if source == ULTRACHAT:
             chats = fetch_column(f"{source}/data/train_sft-*", "messages", 4 * wanted)
         else:
             chats = read_chats(find_path(source) or Path(source))
         random.Random(options.seed).shuffle(chats)
-        samples = tokenizer.apply_chat_template(
-            chats[:wanted], return_dict=True, truncation=True,
-            max_length=min(options.calibration_length, context))
-    lengths = list(map(len, samples.input_ids))
-    print(f"calibration  {len(lengths)} chats of {source}, {wanted} asked for, "
-          f"{sum(lengths):,} tokens")
-    return dict(samples)
+        cut = dict(truncation=True, return_dict=True,
+                   max_length=min(options.calibration_length, context))
+        for chat in chats:
+            try:  # Templates may refuse a system turn, or an order of roles.
+                samples.append(
+                    tokenizer(chat, **cut).input_ids if isinstance(chat, str) else
+                    tokenizer.apply_chat_template(chat, **cut).input_ids)
+            except Exception as error:
+                refused.append(describe(error))
+            if len(samples) == wanted:
+                break
+        if not samples:
+            raise ValueError(f"the chat template refuses each chat: {refused[:1]}")
+    skipped = f"; the template refused {len(refused)} ({refused[0]})" if refused else ""
+    print(f"calibration  {len(samples)} chats of {source}, {wanted} asked for, "
+          f"{sum(map(len, samples)):,} tokens{skipped}")
+    return dict(input_ids=samples, attention_mask=[[1] * len(ids) for ids in samples])
 
-def load_evaluation(options: Options, tokenizer, context: int) -> Tensor:
-    """Return token ids [n] of the evaluation text; an unusable one exits with 2."""
+def list_specials(tokenizer) -> list[int]:
+    """Return the token ids, such as BOS, that the tokenizer puts before a text."""
+    ids, first = (tokenizer("word", add_special_tokens=add).input_ids
+                  for add in (True, False))
+    return ids[: ids.index(first[0])] if first else []
+
+def load_evaluation(options: Options, tokenizer, begin: list, context: int) -> Tensor:
+    """Return windows [n, tokens] of the evaluation text; an unusable one exits with 2.
+
+    Where the tokenizer begins a text with BOS, each window begins with it.
+    """
     source, window = options.eval_text, options.window
     with usable("--eval-text", source, "give a UTF-8 text (default: needs network)"):
         if source == WIKITEXT:
@@ -343,13 +465,16 @@ def load_evaluation(options: Options, tokenizer, context: int) -> Tensor:
             text = "\n\n".join(rows)
         else:
             text = (find_path(source) or Path(source)).read_text("utf-8-sig")
-        ids = torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.long)
-    if window > min(context, len(ids)):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    size = window - len(begin)
+    if window > context or not 0 < size <= len(ids):
         stop(f"--window {window}: too large for the model's context, {context} tokens, "
              f"or --eval-text {source}, {len(ids)}; take a smaller one or more text")
-    windows = min(len(ids) // window, options.max_windows or len(ids))
-    print(f"evaluation   {source}: {len(ids):,} tokens, {windows} windows of {window}")
-    return ids
+    parts = torch.tensor(ids).unfold(0, size, size)[: options.max_windows or None]
+    print(f"evaluation   {source}: {len(ids):,} tokens, {len(parts)} windows of "
+          f"{window}{' from ' + tokenizer.decode(begin) if begin else ''}")
+    begins = torch.tensor([begin] * len(parts), dtype=torch.long)
+    return torch.cat([begins, parts], 1)
 
 # %% [markdown]
 """## Quantize
@@ -375,27 +500,29 @@ def build_recipe(label: str, options: Options) -> list:
 
 def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     """Write `checkpoints/<label>` and return its part of the row."""
-    from compressed_tensors.quantization import preset_name_to_scheme
     from datasets import Dataset
     from llmcompressor import oneshot
     variant, folder = VARIANTS[label], lab.output / "checkpoints" / label
-    unfinished = folder.with_suffix(".partial")
+    unfinished, row, seconds = folder.with_suffix(".partial"), dict(notes=[]), 0.0
     shutil.rmtree(unfinished, ignore_errors=True)
     chats = Dataset.from_dict(lab.samples) if variant.calibrated else None
     torch.manual_seed(lab.options.seed)
     model = place_model(lab.model_folder, lab.options, torch.device("cpu"))
-    recipe, seconds = build_recipe(label, lab.options), 0.0
+    recipe = build_recipe(label, lab.options)
     with llmcompressor_session(lab, model, len(recipe)) as log:
         if recipe:
-            group = preset_name_to_scheme(variant.scheme, []).weights.group_size or 1
-            for name, linear in model.named_modules():
-                if isinstance(linear, torch.nn.Linear) and linear.in_features % group:
-                    raise ValueError(f"{name} is {linear.in_features} wide, no multiple"
-                                     f" of a group of {group}: take FP8 or W8A8")
+            fit_groups(recipe, model, lab.options, row)
             start = now()
-            oneshot(model=model, recipe=recipe, processor=lab.tokenizer, dataset=chats,
-                    num_calibration_samples=None, shuffle_calibration_samples=False)
+            with fit_smoothing(recipe, model, lab.windows[:1, :128], row):
+                oneshot(model=model, recipe=recipe, processor=lab.tokenizer,
+                        dataset=chats, num_calibration_samples=None,
+                        shuffle_calibration_samples=False)
             seconds = now() - start
+            kept = [name for name, module in model.named_modules()
+                    if isinstance(module, torch.nn.Linear) and name != "lm_head"
+                    and not hasattr(module, "quantization_scheme")]
+            if kept:
+                row["notes"].append(f"{len(kept)} Linears stay 16-bit, as {kept[0]}")
             if not any(hasattr(m, "quantization_scheme") for m in model.modules()):
                 raise ValueError("the recipe found no Linear layer to quantize")
         model.save_pretrained(unfinished)  # Adds recipe.yaml from the session.
@@ -403,12 +530,13 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     if lab.options.plain_text:  # The template is not the model's own.
         (unfinished / "chat_template.jinja").unlink(missing_ok=True)
     failed = re.findall(r"inversion failed for (\d+)/", "".join(log))
-    row = dict(
+    row |= dict(
         quantize_seconds=seconds, rtn_fallbacks=sum(map(int, failed)),
         weight_bytes=sum(f.stat().st_size for f in unfinished.glob("*.safetensors")),
         checkpoint=f"checkpoints/{label}")
     write_json(unfinished / "quant_lab.json", dict(
-        row=row, fingerprint=lab.head["fingerprint"], files=hash_files(unfinished)))
+        row=row, fingerprint=lab.head["fingerprint"],
+        recipe=lab.head["recipes"][label], files=hash_files(unfinished)))
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)  # In one step: a checkpoint is there or it is not.
     return row
@@ -417,7 +545,8 @@ def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
     """Return its part of the row if a checkpoint is there, complete and unaltered."""
     folder = lab.output / "checkpoints" / label
     note = read_json(folder / "quant_lab.json")
-    if note.get("fingerprint") != lab.head["fingerprint"]:
+    wanted = lab.head["fingerprint"], lab.head["recipes"][label]
+    if (note.get("fingerprint"), note.get("recipe")) != wanted:
         return None
     if note["files"].items() <= hash_files(folder).items():
         return note["row"]
@@ -457,102 +586,131 @@ the blocks is what counts: the standard error of a ratio of sums over clusters (
 adds."""
 
 # %%
-LOGITS_BYTES, BLOCKS, CHUNK = 5 * 10**9, 30, 128
+CHUNK, FEWEST = 128, 12  # Tokens at once; windows that an interval needs.
+
+def find_decoder(model):
+    """Return the part of a model that makes the last hidden states."""
+    decoder = model.get_decoder()
+    return model.model if decoder is model else decoder  # Llama 4 returns itself.
+
+def apply_head(model, output, hidden: Tensor) -> Tensor:
+    """Return logits [n, vocabulary] of last hidden states [n, width].
+
+    The model's own forward makes them, with all that it does to logits (scaling, soft
+    caps); only its decoder gives back an output, as of any tokens, with these states.
+    """
+    output.last_hidden_state = hidden[None]
+    with patch.object(find_decoder(model), "forward", lambda *_, **__: output):
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return model(input_ids=ids, use_cache=False).logits[0]
 
 @torch.no_grad()
-def score_text(model, ids: Tensor, options: Options, visit: Callable) -> Tensor:
-    """Return losses [windows, window - 1], in nats, of the token ids [n].
+def score_text(model, windows: Tensor, unscored: int, visit: Callable) -> Tensor:
+    """Return losses [windows, tokens], in nats, of ids [windows, window].
 
-    Calls `visit(window's number, logits [k, vocabulary])` with those to be compared.
+    Calls `visit(hidden states [n, width], logits [n, vocabulary])` with each chunk.
     """
-    windows = ids.unfold(0, options.window, options.window)
-    windows = windows[: options.max_windows or None].to(model.device)
-    losses, total = [], len(windows) * (options.window - 1)
-    for number, window_ids in enumerate(show_progress("scoring", windows)):
-        logits = model(window_ids[None], use_cache=False).logits[0, :-1]
-        if number == 0:  # Spread the positions over the whole text.
-            count = min(total, options.kld_tokens, LOGITS_BYTES // logits[0].nbytes)
-            compared = torch.zeros(total, dtype=torch.bool, device=model.device)
-            compared[torch.arange(count) * total // count] = True
-            compared = compared.view(len(windows), -1)
+    losses = []
+    for ids in show_progress("scoring", windows.to(model.device)):
+        output = find_decoder(model)(input_ids=ids[None], use_cache=False)
+        states = output.last_hidden_state[0, unscored - 1 : -1]
         # In chunks: 2,048 x 151,936 logits take 1.2 GB in float32.
-        chunks = (x.split(CHUNK) for x in (logits, window_ids[1:], compared[number]))
-        for part, wanted, chosen in zip(*chunks):
-            if not part.isfinite().all():
+        for hidden, wanted in zip(states.split(CHUNK), ids[unscored:].split(CHUNK)):
+            logits = apply_head(model, output, hidden)
+            if not logits.isfinite().all():
                 raise FloatingPointError("logits are not finite: try another --dtype")
-            losses.append(F.cross_entropy(part.float(), wanted, reduction="none").cpu())
-            if chosen.any():
-                visit(number, part[chosen])
-    return torch.cat(losses).view(len(windows), -1).double()
+            losses.append(F.cross_entropy(logits.float(), wanted, reduction="none"))
+            visit(hidden, logits)
+    return torch.cat(losses).view(len(windows), -1).double().cpu()
 
-def complete_prompts(model, tokenizer, new_tokens: int) -> list[list[int]]:
-    """Return greedy completions of PROMPTS: token ids, at most `new_tokens` each."""
+def complete_prompts(model, prompts: list[Tensor], tokenizer, new_tokens: int) -> list:
+    """Return greedy completions of prompts, ids [1, n]: lists of ids."""
     from transformers import GenerationConfig
     # A new object: whatever generate is not told comes from the model's own defaults,
     # which may ask for sampling or a repetition penalty.
     model.generation_config = GenerationConfig(
         eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id)
     completions = []
-    for prompt in show_progress("completing", PROMPTS):
-        inputs = tokenize_prompt(tokenizer, prompt).to(model.device)
-        ids = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)
-        completions.append(ids[0, inputs.input_ids.shape[1]:].tolist())
+    for prompt in show_progress("completing", prompts):
+        ids = model.generate(
+            input_ids=prompt.to(model.device), attention_mask=torch.ones_like(prompt),
+            do_sample=False, max_new_tokens=new_tokens)
+        completions.append(ids[0, prompt.shape[1]:].tolist())
     return completions
 
 def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
-    model, logits = place_model(lab.model_folder, lab.options, lab.device), []
-    losses = score_text(model, lab.eval_ids, lab.options,
-                        lambda _, part: logits.append(part.cpu()))
-    completions = complete_prompts(model, lab.tokenizer, lab.options.new_tokens)
-    return SimpleNamespace(losses=losses, logits=logits, completions=completions)
+    """Return losses, completions, hidden states of the text and the head they go to."""
+    model, states = place_model(lab.model_folder, lab.options, lab.device), []
+    losses = score_text(model, lab.windows, lab.unscored,
+                        lambda hidden, _: states.append(hidden.cpu()))
+    completions = complete_prompts(
+        model, lab.prompts, lab.tokenizer, lab.options.new_tokens)
+    head, decoder = model.cpu(), find_decoder(model)
+    output = decoder(input_ids=lab.windows[:1, :1], use_cache=False)
+    for part in decoder.children():  # What is left is the head, and what follows it.
+        if isinstance(part, torch.nn.ModuleList):
+            del part[:]
+    return SimpleNamespace(losses=losses, states=states, head=head, output=output,
+                           completions=completions)
 
 # %%
-def estimate(values: Tensor, windows: Tensor, scale=float, name="value") -> dict:
-    """Return the mean of values [n] and its 95 % interval; windows [n] are theirs."""
-    mean, (found, places) = values.mean().item(), windows.unique(return_inverse=True)
-    blocks = min(len(found), BLOCKS)
-    if blocks < 3:
+def estimate(values: Tensor, scale=float, name="value") -> dict:
+    """Return the mean of values [windows, n] and its 95 % interval, by windows."""
+    mean, windows = values.mean().item(), len(values)
+    blocks = min(10, max(4, windows // 5))
+    if windows < FEWEST:
         return {name: scale(mean), "low": None, "high": None}
-    sums = torch.bincount(places * blocks // len(found), weights=values - mean)
-    error = math.sqrt(sums.square().sum() * blocks / (blocks - 1)) / len(values)
+    places = torch.arange(windows) * blocks // windows
+    sums = torch.bincount(places, weights=(values - mean).sum(1))
+    error = math.sqrt(sums.square().sum() * blocks / (blocks - 1)) / values.numel()
     n = blocks - 1  # Degrees of freedom; 1.960 is the normal distribution's.
     t = 1.960 + 2.372 / n + 2.822 / n**2 + 2.556 / n**3 + 1.589 / n**4
     low, high = mean - t * error, mean + t * error
     return {name: scale(mean), "low": scale(low), "high": scale(high)}
 
+def raise_e(x: float) -> float:
+    """Return e to the x, or where that is no float, the largest that it can be."""
+    return math.exp(min(x, 709.0))
+
 def measure_quality(model, lab: SimpleNamespace) -> dict:
     """Return perplexity and, against the reference, ratio, KLD, agreement, tokens."""
-    options, parts, completions = lab.options, [], []
+    reference, parts, completions = lab.reference, [], []
+    reference.head.to(lab.device)
 
-    def compare(number, logits):
-        stored = lab.reference.logits[len(parts)].to(logits.device)
-        p, q = (F.log_softmax(x.double(), dim=-1) for x in (stored, logits))
-        kld, same = (p.exp() * (p - q)).sum(-1), stored.argmax(-1) == logits.argmax(-1)
-        parts.append(torch.stack([kld, same, torch.full_like(kld, number)]).cpu())
+    def compare(hidden, logits):
+        wanted = reference.states[len(parts)].to(lab.device)
+        wanted = apply_head(reference.head, reference.output, wanted)
+        p, q = (F.log_softmax(x.double(), dim=-1) for x in (wanted, logits))
+        kld, same = (p.exp() * (p - q)).sum(-1), wanted.argmax(-1) == logits.argmax(-1)
+        parts.append(torch.stack([kld, same]).cpu())
 
-    losses = score_text(model, lab.eval_ids, options, compare)
-    kld, agrees, windows = torch.cat(parts, dim=1)
-    every_window = torch.arange(len(losses)).repeat_interleave(losses.shape[1])
-    perplexity = estimate(losses.flatten(), every_window, math.exp)
+    losses = score_text(model, lab.windows, lab.unscored, compare)
+    reference.head.cpu()
+    kld, agrees = torch.cat(parts, dim=1).view(2, *losses.shape)
+    perplexity = estimate(losses, raise_e)
     # Paired token by token: what makes the text hard cancels.
-    ratio = estimate((losses - lab.reference.losses).flatten(), every_window, math.exp)
-    mine = complete_prompts(model, lab.tokenizer, options.new_tokens)
-    for prompt, made, wanted in zip(PROMPTS, mine, lab.reference.completions):
+    ratio = estimate(losses - reference.losses, raise_e)
+    most = lab.options.new_tokens
+    mine = complete_prompts(model, lab.prompts, lab.tokenizer, most)
+    for prompt, made, wanted in zip(PROMPTS, mine, reference.completions):
         differs = [a != b for a, b in zip_longest(made, wanted)]
-        same = differs.index(True) if any(differs) else options.new_tokens
+        same = differs.index(True) if any(differs) else most
         text = lab.tokenizer.decode(made, skip_special_tokens=True)
         completions.append(dict(prompt=prompt, completion=text, same_tokens=same))
-    lengths = torch.tensor([float(one["same_tokens"]) for one in completions])
+    lengths = [one["same_tokens"] for one in completions]
+    ranks = dict(median=0.5, p99=0.99, p999=0.999, max=1.0)
+    ordered = kld.flatten().sort().values  # torch.quantile takes no more than 2^24.
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
         perplexity_ratio=ratio, tokens_scored=losses.numel(),
         window_losses=losses.mean(1).tolist(),
-        top1_agreement=estimate(agrees, windows, lambda x: min(100 * x, 100.0)),
-        kld=estimate(kld, windows, lambda x: max(x, 0.0), "mean") | dict(
-            median=kld.quantile(0.5).item(), p99=kld.quantile(0.99).item(),
-            tokens=len(kld)),
-        divergence=estimate(lengths, torch.arange(len(lengths)), name="mean") | dict(
-            completions=completions))
+        top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
+        kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
+            {name: ordered[round(rank * (len(ordered) - 1))].item()
+             for name, rank in ranks.items()},
+            tokens=kld.numel(), windows=kld.mean(1).tolist()),
+        divergence=dict(median=statistics.median(lengths), min=min(lengths),
+                        max=max(lengths), completions=completions))
 
 # %% [markdown]
 """## Speed
@@ -601,38 +759,48 @@ def held_bytes(model) -> int:
 
 # %%
 class Decoder:
-    """Continue copies of a prompt, ids [1, n], greedily; token [batch, 1] is new."""
-    def __init__(self, model, prompt, new_tokens, compiled, prefilled=None, batch=1):
-        device, start, begin = model.device, prompt.shape[1], now()
+    """Continue prompts, ids [batch, n], greedily; token [batch, 1] is new.
+
+    Compiled, it goes over LayerCache, prefill and step are CUDA graphs; else it goes
+    over transformers' DynamicCache, which any architecture takes.
+    """
+    def __init__(self, model, prompts: Tensor, new_tokens: int, compiled: bool):
+        from transformers import DynamicCache
+        (batch, start), begin = prompts.shape, now()
         length = math.ceil((start + new_tokens) / 16) * 16  # SDPA wants that.
-        self.model, self.token = model, prompt[:, -1:].repeat(batch, 1)
-        self.position = torch.full((1,), start, device=device)
-        self.mask = torch.zeros(1, 1, 1, length, dtype=model.dtype, device=device)
-        self.cache = [LayerCache(length) for _ in model.get_decoder().layers]
-        self.prompt, self.peaks = prompt, []  # Bytes of memory.
-        if prefilled is None:
-            compile_layers(model, compiled)
-            self.prefill()  # Uncompiled: it makes the cache.
-            self.prefill = record(self, self.prefill, compiled)  # A graph from here.
+        self.model, self.prompts, self.compiled = model, prompts, compiled
+        self.token, self.peaks = prompts[:, -1:].clone(), []  # Peaks: bytes of memory.
+        self.places = torch.arange(start, device=model.device)
+        self.position = self.places[-1:] + 1
+        self.mask = torch.zeros(
+            1, 1, 1, length, dtype=model.dtype, device=model.device)
+        self.initial = self.cache = ([LayerCache(length) for _ in find_decoder(
+            model).layers] if compiled else DynamicCache(config=model.config))
+        takes = inspect.signature(model.forward).parameters
+        self.name = "past_key_values" if "past_key_values" in takes else "cache_params"
+        self.takes_places = "position_ids" in takes
+        if compiled or batch > 1:  # Uncompiled: it makes the cache.
+            self.rewind()
             self.prefill()
-        else:  # A batch copies the cache of one sequence.
-            for mine, theirs in zip(self.cache, prefilled.cache):
-                mine.keys = theirs.keys.repeat(batch, 1, 1, 1)
-                mine.values = theirs.values.repeat(batch, 1, 1, 1)
+            self.initial = self.cache
+        if batch == 1:
+            self.prefill = record(self, self.prefill, compiled)  # A graph from here.
         self.step = record(self, self.step, compiled)
         self.seconds = now() - begin  # Of preparing, with compiling.
 
-    def advance(self, ids, position, mask) -> None:
-        for layer in self.cache:
-            layer.position = position
-        logits = self.model(
-            input_ids=ids, position_ids=position[None], attention_mask=mask,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+    def advance(self, ids, places, mask) -> None:
+        named = {self.name: self.cache, "use_cache": True, "logits_to_keep": 1}
+        if self.takes_places:
+            named["position_ids"] = places[None]
+        if self.compiled:
+            named["attention_mask"] = mask
+            for layer in self.cache:
+                layer.position = places
+        logits = self.model(input_ids=ids, **named).logits[:, -1:]
         self.token.copy_(logits.argmax(-1))
 
     def prefill(self) -> None:
-        places = torch.arange(self.prompt.shape[1], device=self.prompt.device)
-        self.advance(self.prompt, places, None)
+        self.advance(self.prompts, self.places, None)
 
     def step(self) -> None:
         self.mask.index_fill_(3, self.position, 0)
@@ -640,12 +808,14 @@ class Decoder:
         self.position += 1
 
     def rewind(self) -> None:
-        """Mask all places after the prompt."""
-        self.position.fill_(self.prompt.shape[1])
-        self.mask[..., self.prompt.shape[1] :] = -math.inf
+        """Go back to the end of the prompt: mask what follows, or restore the cache."""
+        self.position.fill_(len(self.places))
+        self.mask[..., len(self.places) :] = -math.inf
+        if not self.compiled:
+            self.cache = deepcopy(self.initial)
 
     def run(self, steps: int) -> tuple[float, float]:
-        """Return seconds of the prefill, if of one copy, and of the steps after it."""
+        """Return seconds of the prefill, if of one prompt, and of the steps."""
         self.rewind()
         start = now()
         if len(self.token) == 1:
@@ -657,9 +827,10 @@ class Decoder:
 
 # %%
 @torch.no_grad()
-def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> dict:
-    """Return speed and memory of continuing a prompt [1, n]; a batch may be "OOM"."""
-    size = 10**9 if prompt.is_cuda else 10**8  # Bytes, beyond any cache.
+def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> dict:
+    """Return speed and memory of continuing prompts [n, tokens], the first alone and
+    as many as each batch has; a batch may be "OOM"."""
+    size = 10**9 if prompts.is_cuda else 10**8  # Bytes, beyond any cache.
     setup = "x = torch.ones(size, dtype=torch.int8, device=device); y = x.clone()"
     timer = Timer("y.copy_(x)", setup, num_threads=torch.get_num_threads(),
                   globals=dict(size=size, device=model.device))
@@ -667,11 +838,12 @@ def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> di
     steps, single, decode, preparing = options.new_tokens - 1, None, [], []
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight.data_ptr() == head.weight.data_ptr()
+    if compiled:
+        compile_layers(model)
     for batch in options.batch_sizes:
         decoder = None  # Frees the one before; `single` keeps the first.
         try:
-            decoder = Decoder(
-                model, prompt, options.new_tokens, compiled, single, batch)
+            decoder = Decoder(model, prompts[:batch], options.new_tokens, compiled)
             decoder.run(steps)  # Warm-up.
             runs = [decoder.run(steps) for _ in range(options.repeats)]
         except Exception as error:
@@ -683,8 +855,11 @@ def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> di
             single, single_runs = decoder, runs
         preparing.append(decoder.seconds)
         itl = [seconds / steps for _, seconds in runs]
-        read = held_bytes(model) - (0 if tied else embedding.weight.nbytes) + sum(
-            layer.keys.nbytes + layer.values.nbytes for layer in decoder.cache)
+        layers = decoder.cache if compiled else decoder.cache.layers
+        cached = [x.nbytes for layer in layers for x in vars(layer).values()
+                  if isinstance(x, Tensor)]
+        read = held_bytes(model) + sum(cached)
+        read -= 0 if tied else embedding.weight.nbytes
         decode.append(dict(
             batch=batch, tok_s=summarize([batch / x for x in itl]),
             itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
@@ -693,7 +868,7 @@ def measure_speed(model, prompt: Tensor, options: Options, compiled: bool) -> di
         ttft_s=summarize([prefill for prefill, _ in single_runs]),
         latency_s=summarize([sum(run) for run in single_runs]), decode=decode,
         decode_tok_s=decode[0]["tok_s"], copy_bandwidth=bandwidth,
-        weights_memory_bytes=held_bytes(model), prompt_tokens=prompt.shape[1],
+        prompt_tokens=prompts.shape[1],
         peak_memory_bytes=max(single.peaks, default=None),
         compile_seconds=sum(preparing) if compiled else None)
 
@@ -717,11 +892,12 @@ where compiling fails, the variant is timed uncompiled, and `runs_as` says that.
 # %%
 ROW = dict.fromkeys("""
     label status error scheme checkpoint weight_bytes size_ratio quantize_seconds
-    rtn_fallbacks perplexity perplexity_interval perplexity_ratio tokens_scored
+    rtn_fallbacks group_size smoothing notes perplexity perplexity_interval
+    perplexity_ratio tokens_scored
     window_losses kld top1_agreement divergence load_seconds compile_seconds
     weights_memory_bytes peak_memory_bytes ttft_s latency_s decode_tok_s decode
     copy_bandwidth prompt_tokens runs_as fingerprint""".split())
-SCHEMA = 2  # Raised when keys go or measuring changes: older results are refused.
+SCHEMA = 3  # Raised when keys go or measuring changes: older results are refused.
 MAY_DIFFER = "--variants", "--output-dir", "--fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
@@ -729,10 +905,17 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     options, folder = lab.options, lab.model_folder
     is_local, chats = find_path(options.model), find_path(options.calibration_data)
     inputs = dict(model_files=fingerprint(hash_files(folder)),
-                  eval_tokens=fingerprint(lab.eval_ids.tolist()),
-                  chats=chats and fingerprint(hash_files(chats)))
+                  eval_tokens=fingerprint(lab.windows.tolist()),
+                  window_begin=lab.tokenizer.decode(lab.begin),
+                  chats=chats and fingerprint(hash_files(chats)),
+                  prompts_in_the_chat_template=fingerprint(
+                      [ids.tolist() for ids in lab.prompts]))
+    recipes = {}
     for label in VARIANTS:
-        inputs[f"recipe of {label}"] = repr(build_recipe(label, options))
+        try:
+            recipes[label] = repr(build_recipe(label, options))
+        except Exception as error:  # Its row will fail for the same reason.
+            recipes[label] = describe(error)
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
     for package in ("torch", "transformers", "llmcompressor", "compressed_tensors",
                     "accelerate", "datasets", "tokenizers", "safetensors"):
@@ -741,7 +924,7 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
         schema=SCHEMA, command=["python", "quant_lab.py", *words],
         base_model=None if is_local else options.model,
         model_name=folder.resolve().name if is_local else options.model,
-        config=json.loads(json.dumps(asdict(options))), inputs=inputs,
+        config=json.loads(json.dumps(asdict(options))), inputs=inputs, recipes=recipes,
         machine=describe_machine(lab.device), versions=versions)
     return head | dict(fingerprint=fingerprint(SCHEMA, list_conditions(head)))
 
@@ -761,6 +944,9 @@ def take_over(output: Path, head: dict) -> dict[str, dict]:
         stop(f"--output-dir {output}: old or broken results.json; {way_out} it")
     rows = {row["label"]: row for row in before["variants"] if row["status"] == "ok"}
     old, new = list_conditions(before), list_conditions(head)
+    for label in rows.keys() & head["recipes"].keys():
+        name = f"recipe of {label}"
+        old[name], new[name] = before["recipes"][label], head["recipes"][label]
     for name in new if rows else ():
         if old.get(name) != new[name]:
             stop(f"--output-dir {output}: its finished rows were measured with {name} "
@@ -769,42 +955,46 @@ def take_over(output: Path, head: dict) -> dict[str, dict]:
 
 # %%
 def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
+    """Say how the weights run: those that are not packed, then routes by phase."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)
               and (m.kind != "dense" or label == BASELINE)]  # lm_head says nothing.
+    short, parts = DTYPES[options.dtype], model.unpacked
     if not packed:
-        return ("" if label == BASELINE else "dequantized to ") + DTYPES[options.dtype]
+        return "; ".join(parts) or short
     phases = dict(prefill=prompt_tokens, decode=1)
     phases |= {f"batch {n}": n for n in options.batch_sizes[1:]}
     phases_by_routes = {}
     for phase, tokens in phases.items():
         routes = " and ".join(sorted({m.describe_route(tokens) for m in packed}))
         phases_by_routes.setdefault(routes, []).append(phase)
-    return " · ".join(f"{', '.join(phases)} {routes}"
-                      for routes, phases in phases_by_routes.items())
+    return " · ".join(parts + [f"{', '.join(phases)} {routes}"
+                               for routes, phases in phases_by_routes.items()])
 
-def time_variant(label, output, prompt: list[int], options, device, compiled) -> dict:
+def time_variant(label, output, prompts: Tensor, options, device, compiled) -> dict:
     with libraries_to(output / "log.txt"):
         model = place_model(output / "checkpoints" / label, options, device)
-        ids = torch.tensor([prompt], device=device)
-        speed = measure_speed(model, ids, options, compiled)
-    return speed | dict(runs_as=name_routes(label, model, len(prompt), options))
+        speed = measure_speed(model, prompts.to(device), options, compiled)
+    return speed | dict(runs_as=name_routes(label, model, prompts.shape[1], options))
 
 def benchmark_speed(label: str, lab: SimpleNamespace) -> dict:
-    """Return speed and memory of a checkpoint; uncompiled if compiling fails."""
-    options, speed, how = lab.options, None, "not compiled"
+    """Return speed and memory of a checkpoint: compiled, else not, else the reason."""
+    options, cuda, reasons = lab.options, lab.device.type == "cuda", []
     length = min(512, lab.context - options.new_tokens)  # A shorter text is repeated.
-    prompt = lab.eval_ids[torch.arange(length) % len(lab.eval_ids)].tolist()
-    time_it = partial(time_variant, label, lab.output, prompt, options, lab.device)
-    packed = options.execution == "packed"
-    if packed and lab.device.type == "cuda" and not options.no_compile:
+    ids, count = lab.windows[:, lab.unscored :].flatten(), max(options.batch_sizes)
+    prompts = ids[torch.arange(length * count) % len(ids)].view(count, length)
+    time_it = partial(time_variant, label, lab.output, prompts, options, lab.device)
+    can_compile = cuda and options.execution == "packed" and not options.no_compile
+    for compiled in (True, False) if can_compile else (False,):
+        apart = compiled and not IN_NOTEBOOK
+        how = "compiled" if compiled else "not compiled"
+        how += ", in a process with the others" if compiled and IN_NOTEBOOK else ""
         try:
-            speed = time_it(True) if IN_NOTEBOOK else run_apart(partial(time_it, True))
-            how = "compiled" + (", in a process with the others" if IN_NOTEBOOK else "")
+            speed = run_apart(partial(time_it, True)) if apart else time_it(compiled)
+            return speed | dict(runs_as=" · ".join([speed["runs_as"], how, *reasons]))
         except Exception as error:
             traceback.print_exc()  # Goes to the log.
-            how = f"not compiled, it failed: {quote(describe(error))}"
-    speed = speed or time_it(False)
-    return speed | dict(runs_as=f"{speed['runs_as']} · {how}")
+            reasons.append(f"{how}, it failed: {quote(describe(error))}")
+    return dict(runs_as=f"speed was not measured: {'; '.join(reasons)}")
 
 # %%
 def run_variant(label: str, lab: SimpleNamespace) -> None:
@@ -841,6 +1031,7 @@ def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> di
             model = place_model(folder, lab.options, lab.device)
             row["load_seconds"] = now() - begin
             row |= measure_quality(model, lab)
+            row["weights_memory_bytes"] = held_bytes(model)
             model = None  # Two may not fit.
             free_memory()
             say("timing")
@@ -910,7 +1101,8 @@ def format_figure(value: float | str | dict, digits: int, unit: float = 1) -> st
     ends = f"{write(low)}–{write(high)}"
     if is_noisy(value):
         return f"{ends} noisy"
-    if "samples" in value or abs(high + low - 2 * middle) > 0.1 * (high - low):
+    lopsided = abs(high + low - 2 * middle) > 0.1 * (high - low)
+    if "samples" in value or "completions" in value or lopsided:
         return f"{write(middle)} ({ends})"
     return f"{write(middle)} ± {write((high - low) / 2)}"
 
@@ -932,16 +1124,18 @@ def align_table(lines: list[list[str]]) -> str:
 
 def render_tables(results: dict, rows: list[dict]) -> str:
     config, batches = results["config"], results["config"]["batch_sizes"][1:]
-    done = next((row for row in rows if row["status"] == "ok"), dict(
-        tokens_scored=0, kld=dict(tokens=0), prompt_tokens=0))
+    done = next((row for row in rows if row["status"] == "ok"), dict(tokens_scored=0))
+    begin = results["inputs"]["window_begin"]
+    begin = f", each begun with {quote(begin)}" if begin else ""
     parts = [fill(
         f"Quality on {quote(Path(config['eval_text']).name)}: "
-        f"{done['tokens_scored']:,} tokens in windows of {config['window']:,}; KLD "
-        f"(nats) and top-1 at {done['kld']['tokens']:,}; tokens: of completions, the "
-        f"first that differs, {config['new_tokens']} if none. ±: half a 95 % interval. "
-        f"Speed: median (least–greatest) of {config['repeats']}, prompt of "
-        f"{done['prompt_tokens']} tokens, {config['new_tokens']} new ones; noisy: "
-        f"greatest over {NOISE_LIMIT} times the least, too noisy to rank.")]
+        f"{done['tokens_scored']:,} tokens in windows of {config['window']:,}{begin}; "
+        f"KLD in nats; tokens: of completions, the first that differs, "
+        f"{config['new_tokens']} if none, median of {len(PROMPTS)} (least–greatest). "
+        f"±: half a 95 % interval. Speed: median (least–greatest) of "
+        f"{config['repeats']}, prompts of {done.get('prompt_tokens') or 0} tokens, "
+        f"{config['new_tokens']} new ones; noisy: greatest over {NOISE_LIMIT} times "
+        f"the least, too noisy to rank.")]
     columns = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in batches]
     batch_tables = [columns[k : k + 3] for k in range(0, len(columns), 3)]
     for table in [QUALITY, SPEED, *batch_tables, COST]:
@@ -1001,14 +1195,24 @@ def name_best(what: str, rows: list[dict], key: str, largest=False) -> str:
     said = f"{what}: {' or '.join(best) or 'unknown'}"
     return said + (f"; not counted, too noisy: {', '.join(noisy)}" if noisy else "")
 
+def name_closest(rows: list[dict]) -> str:
+    """Say which KLD is least, or which are: paired, window by window."""
+    windows = {row["label"]: torch.tensor(row["kld"]["windows"])[:, None].double()
+               for row in rows}
+    best = min(windows.values(), key=Tensor.mean)
+    gaps = {label: estimate(mine - best)["low"] for label, mine in windows.items()}
+    close = [label for label, low in gaps.items() if low is None or low <= 0]
+    return f"Closest to the reference by KLD: {' or '.join(close) or 'unknown'}"
+
 def list_best(rows: list[dict]) -> list[str]:
     done = [row for row in rows if row["status"] == "ok"]
     if len(done) < 2:
         return []
     quantized = [row for row in done if row["label"] != BASELINE]
     lines = [name_best("Smallest", done, "weight_bytes"),
-             name_best("Closest to the reference by KLD", quantized, "kld")]
-    most = max(e["batch"] for row in done for e in row["decode"] if e["tok_s"])
+             name_closest(quantized)]
+    most = max((e["batch"] for row in done for e in row["decode"] or () if e["tok_s"]),
+               default=1)
     for n in sorted({1, most}):
         what = "one sequence" if n == 1 else f"a batch of {n}"
         lines.append(name_best(f"Fastest for {what}", done, f"tok_s@{n}", largest=True))
@@ -1030,7 +1234,7 @@ def render_verdict(rows: list[dict]) -> str:
             line += "; it cannot be distinguished from the reference in perplexity"
         if fallbacks := row["rtn_fallbacks"]:
             line += f"; warning: {fallbacks} modules fell back to rounding: --dampening"
-        lines.append(line)
+        lines.append("; ".join([line, *row["notes"]]))
     return "\n".join(fill(line, "- ") for line in lines)
 
 # %% [markdown]
@@ -1039,7 +1243,128 @@ def render_verdict(rows: list[dict]) -> str:
 What follows makes the formats run packed and fast, keeps libraries and files in order,
 and writes the report. What is measured, and how, was said above.
 
-## Packed Linears
+## Fitting recipes to a model
+
+llmcompressor names the norms that SmoothQuant smooths, and the Linears that read them,
+by the model's class. For some classes that changes the model: another norm feeds these
+Linears, or a router reads the norm, too. Here one sample runs through the model, and
+each function that reads the output of a norm is noted. A norm is smoothed if all its
+readers are Linears that get quantized. Then the same sample proves that smoothing alone
+changed nothing: the KLD between its logits before and after, in float32, is the row's
+`smoothing.kld`. Above `SMOOTHING_LIMIT` the row fails: rounding the smoothed weights to
+16 bits takes about 1e-6, a wrong pair more than 1e-2."""
+
+# %%
+SMOOTHING_LIMIT = 1e-3  # Nats.
+
+def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
+    """Make groups of 128 divide all widths quantized; ValueError where none does, or
+    where the experts of the model would not load again from such a checkpoint."""
+    from compressed_tensors.utils import match_named_modules
+    from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    loads = [getattr(one, "source_patterns", None) for one in
+             get_checkpoint_conversion_mapping(model.config.model_type) or ()]
+    for modifier in recipe:
+        config = getattr(modifier, "resolved_config", None)
+        for scheme in config.config_groups.values() if config else ():
+            weights = scheme.weights
+            if get_non_linearized_moes(model) and (
+                    "experts.*.down_proj" not in str(loads)
+                    or weights.type == "int" and scheme.input_activations):
+                raise ValueError(
+                    "transformers does not load quantized experts of a "
+                    f"{model.config.model_type} in this format: its conversion knows "
+                    "other names, and no int8 of weights and activations")
+            if not weights or weights.strategy != "group" or weights.group_size != 128:
+                continue
+            widths = sorted({linear.in_features for _, linear in match_named_modules(
+                model, scheme.targets, modifier.ignore)})
+            sizes = [options.group_size] if options.group_size else GROUPS
+            fits = [n for n in sizes if not any(width % n for width in widths)]
+            if not fits:
+                raise ValueError(f"no group of {sizes} divides each of the widths "
+                                 f"{widths}: take FP8 or W8A8")
+            row["group_size"] = weights.group_size = fits[0]
+            modifier.config_groups, modifier.scheme = config.config_groups, None
+            if odd := [width for width in widths if width % 128]:
+                row["notes"].append(f"groups of {fits[0]}: 128 does not divide the "
+                                    f"width {odd[0]}")
+
+class Reading(TorchFunctionMode):
+    """Compute in float32; note in `readers` who reads the output of a norm: names of
+    Linears, or None for any other function."""
+    def __init__(self, norms: dict, linears: dict):
+        super().__init__()
+        self.norms, self.linears, self.outputs, self.readers = norms, linears, {}, {}
+
+    def note_output(self, module, inputs, output) -> None:
+        if module in self.norms:
+            self.outputs[id(output)] = self.norms[module], output  # Keeps the id.
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        half, given = (torch.float16, torch.bfloat16), (args, kwargs or {})
+        args, kwargs = tree_map(lambda x: x.float() if isinstance(
+            x, Tensor) and x.dtype in half else x, given)
+        result = function(*args, **kwargs)
+        for x in tree_leaves(given) if isinstance(result, Tensor) else ():
+            if id(x) in self.outputs and result is not x:
+                weight = given[0][1] if function is F.linear else None
+                readers = self.readers.setdefault(self.outputs[id(x)][0], set())
+                readers.add(self.linears.get(id(weight)))
+        return result
+
+def find_norms(model) -> dict:
+    """Return the names of modules whose output is proportional to their weight [n]."""
+    norms = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 1:
+            zeros = {key: x * 0 for key, x in module.named_parameters()}
+            with contextlib.suppress(Exception):  # It wants other inputs.
+                if not functional_call(module, zeros, weight[None] + 1).any():
+                    norms[module] = name
+    return norms
+
+@contextlib.contextmanager
+def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
+    """Find the pairs of SmoothQuant; prove that smoothing within changes nothing."""
+    from llmcompressor.modeling.offset_norm import norm_calibration_context
+    from llmcompressor.pipelines.registry import CalibrationPipeline
+    from llmcompressor.utils.helpers import DisableQuantization
+    smoother = next((m for m in recipe if hasattr(m, "mappings")), None)
+
+    def read(reading: Reading) -> Tensor:
+        hook = torch.nn.modules.module.register_module_forward_hook(reading.note_output)
+        with torch.no_grad(), DisableQuantization(model), reading, hook:
+            logits = model(input_ids=ids, use_cache=False).logits
+            return logits.cpu().log_softmax(-1)
+
+    def prove(modifiers, **named):
+        if smoother and smoother not in modifiers:  # It is done, and GPTQ comes next.
+            after = read(Reading({}, {}))
+            kld = (before.exp() * (before - after)).sum(-1).mean().item()
+            pairs = getattr(smoother, "resolved_mappings_", None) or ()
+            row["smoothing"] = dict(pairs=len(pairs), kld=max(kld, 0.0))
+            if not kld <= SMOOTHING_LIMIT:
+                raise ValueError(f"smoothing changed the model: a KLD of {kld:.4f}")
+        return choose(modifiers, **named)
+
+    if smoother:
+        with norm_calibration_context(model):  # For norms that multiply by 1 + weight.
+            tracing = Reading(find_norms(model), {
+                id(module.weight): name for name, module in model.named_modules()
+                if isinstance(module, torch.nn.Linear) and name != "lm_head"})
+            before = read(tracing)
+        if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
+            smoother.mappings = [[sorted(readers), norm] for norm, readers
+                                 in tracing.readers.items() if None not in readers]
+    choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
+    with patch.object(CalibrationPipeline, "from_modifiers", prove):
+        yield
+
+# %% [markdown]
+"""## Packed Linears
 
 Plain transformers unpacks a compressed checkpoint to 16 bits on its first forward, and
 simulates the rounding of activations (`--execution emulated`): memory ends where
@@ -1075,9 +1400,22 @@ def place_model(folder: Path, options: Options, device: torch.device):
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} weights, as {missing[0]}")
     model.eval().to(device)
-    if options.execution == "packed":
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:  # Of experts, which are never packed.
+            parameter.data = parameter.data.to(getattr(torch, options.dtype))
+    files = map(partial(safe_open, framework="pt"), folder.glob("*.safetensors"))
+    wanted = sum(key.endswith(".weight_scale") for file in files for key in file.keys())
+    found = sum(hasattr(module, "quantization_scheme") for module in model.modules())
+    model.unpacked = [] if found == wanted else [
+        f"{found} of {wanted} quantized weights run packed, the others, of experts, in "
+        f"{DTYPES[options.dtype]} without rounding of their activations"]
+    if options.execution == "packed" and all(map(find_kind, model.modules())):
         cuda = device.type == "cuda"
         pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
+    elif found:  # Unpacks the weights, as the first forward of the whole model does.
+        model.unpacked += [f"emulated: weights unpacked to {DTYPES[options.dtype]}, "
+                           "activations rounded by compressed-tensors"]
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     return model
 
 def round_e4m3(x: Tensor) -> Tensor:
@@ -1181,16 +1519,28 @@ class FusedSlice(torch.nn.Module):
         self.fused.latest = (None, None) if is_last else (x, y)
         return y[..., self.begin : self.end]
 
+FORMATS = dict(  # Of weights and of activations; what the kernels implement.
+    int4=[("int", 4, "group", True, False), None],
+    int8=[("int", 8, "channel", True, False), ("int", 8, "token", True, True)],
+    fp8=[("float", 8, "channel", True, False), ("float", 8, "token", True, True)])
+
+def find_kind(module: torch.nn.Module) -> str | None:
+    """Return the kind of a module for PackedLinear, or None if its format has none."""
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is None:
+        return "dense"
+    forms = [x and (x.type, x.num_bits, x.strategy, x.symmetric, x.dynamic)
+             for x in (scheme.weights, scheme.input_activations)]
+    if scheme.output_activations or hasattr(module, "weight_g_idx"):
+        return None
+    return next((kind for kind, those in FORMATS.items() if those == forms), None)
+
 def pack_linear(linear: torch.nn.Module, sm: tuple[int, int]) -> PackedLinear:
-    """Return a PackedLinear; ValueError for formats that none of the recipes writes."""
-    scheme = getattr(linear, "quantization_scheme", None)
-    if not scheme:
+    """Return a PackedLinear of a Linear, which is dense or of one of the KINDS."""
+    kind = find_kind(linear)
+    if kind == "dense":
         return PackedLinear("dense", linear.weight, None, linear.bias, sm)
-    form, scale = scheme.weights, linear.weight_scale
-    kind = "fp8" if form.type == "float" else f"int{form.num_bits}"
-    known = kind in TENSOR_CORES_FROM and form.symmetric
-    if not known or hasattr(linear, "weight_g_idx"):
-        raise ValueError("this format runs with --execution emulated only")
+    scale = linear.weight_scale
     if kind == "int4":
         words = linear.weight_packed.view(torch.int32)
         shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
@@ -1435,18 +1785,17 @@ class LayerCache:
         return self.keys, self.values
 
 # %%
-def compile_layers(model, compiled: bool) -> None:
+def compile_layers(model) -> None:
     """Make all decoder layers one function, compiled for one row and for many."""
     from transformers import AttentionInterface
     AttentionInterface.register("quant_lab", attend)
     model.set_attn_implementation("quant_lab")
-    layers = model.get_decoder().layers
-    one_row = many_rows = eager = type(layers[0]).forward
-    if compiled:
-        torch._dynamo.reset()
-        tuned = dict(coordinate_descent_tuning=True)
-        one_row = torch.compile(eager, fullgraph=True, options=tuned)
-        many_rows = torch.compile(eager, fullgraph=True)
+    layers = find_decoder(model).layers
+    eager = type(layers[0]).forward
+    torch._dynamo.reset()
+    tuned = dict(coordinate_descent_tuning=True)
+    one_row = torch.compile(eager, fullgraph=True, options=tuned)
+    many_rows = torch.compile(eager, fullgraph=True)
 
     def run(layer, number, x, *inputs, past_key_values, **named):
         layer_cache = past_key_values[number]
@@ -1551,7 +1900,6 @@ def show_progress(what: str, items) -> tqdm:
 @contextlib.contextmanager
 def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
     """Yield the lines of llmcompressor's log, with its rough edges taken off."""
-    from unittest.mock import patch
     from llmcompressor import reset_session
     from llmcompressor.pipelines import data_free, sequential
     from loguru import logger
@@ -1561,8 +1909,10 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     try:
         model.generation_config.validate(strict=True)
-    except ValueError:  # Older models set a temperature without asking to sample.
-        model.generation_config.do_sample = True
+    except ValueError:  # It could not be saved. The lab decodes greedily, anyway.
+        names = "bos_token_id", "eos_token_id", "pad_token_id"
+        model.generation_config = type(model.generation_config)(
+            **{name: getattr(model.generation_config, name) for name in names})
     layers, lines = getattr(model.config, "num_hidden_layers", 1), []
 
     def follow(line: str):
@@ -1742,7 +2092,10 @@ def set_up(words: list[str]) -> SimpleNamespace:
     lab.device, reason = choose_device(options)
     print(f"device       {lab.device}: {reason}", flush=True)
     lab.model_folder, lab.tokenizer, lab.context = open_model(options)
-    lab.eval_ids = load_evaluation(options, lab.tokenizer, lab.context)
+    lab.prompts = tokenize_prompts(lab.tokenizer)
+    lab.begin = list_specials(lab.tokenizer)
+    lab.unscored = max(1, len(lab.begin))
+    lab.windows = load_evaluation(options, lab.tokenizer, lab.begin, lab.context)
     if any(VARIANTS[label].calibrated for label in options.variants):
         lab.samples = load_calibration(options, lab.tokenizer, lab.context)
     machine = torch.cuda.get_device_name() if lab.device.type == "cuda" else "cpu"

@@ -1,0 +1,55 @@
+"""Run the lab on small models of many architectures; hold its figures to plain transformers."""
+
+import math
+
+import architectures
+import pytest
+import torch
+from conftest import LABELS, quick_words
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import quant_lab
+
+WINDOW = 64
+
+
+@torch.no_grad()
+def score_plainly(folder, texts, dtype=torch.float16):
+    """Return log probabilities [windows, 63, vocabulary] and the ids scored, by plain loops."""
+    ids = AutoTokenizer.from_pretrained(folder)(
+        (texts / "eval.txt").read_text(encoding="utf-8")).input_ids
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    found, wanted = [], []
+    for begin in range(0, len(ids) - WINDOW + 1, WINDOW):
+        window = torch.tensor([ids[begin : begin + WINDOW]])
+        logits = model(window, use_cache=False).logits[0, :-1]
+        found.append(logits.double().log_softmax(-1))
+        wanted.append(window[0, 1:])
+    return torch.stack(found), torch.stack(wanted)
+
+
+def run_lab(name, folder, texts, *words):
+    """Return the rows of the quick lab on a small model of an architecture."""
+    model = architectures.make(name, folder / "model")
+    lab = quant_lab.set_up([str(word) for word in (
+        *quick_words(model, texts), "--output-dir", folder / "out", *words)])
+    for label in lab.options.variants:
+        quant_lab.run_variant(label, lab)
+    return lab.rows
+
+
+def check_rows(rows, folder, texts):
+    """Hold the figures of each row that is ok to an independent computation."""
+    wanted, ids = score_plainly(folder / "model", texts)
+    assert rows[LABELS[0]]["status"] == "ok", rows[LABELS[0]]["error"]
+    for label, row in rows.items():
+        if row["status"] == "failed":
+            assert row["error"] and row["perplexity"] is None
+            continue
+        found, _ = score_plainly(folder / "out" / "checkpoints" / label, texts)
+        loss = -found.gather(-1, ids[..., None]).mean().item()
+        kld = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+        assert row["perplexity"] == pytest.approx(math.exp(loss), rel=2e-3), label
+        assert row["kld"]["mean"] == pytest.approx(kld, rel=2e-3, abs=2e-3), label
+        if row["smoothing"]:
+            assert row["smoothing"]["kld"] < 1e-3
