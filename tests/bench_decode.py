@@ -62,12 +62,13 @@ def random_model(shape: str, kind: str, device):
 
 
 @torch.no_grad()
-def tune(model, prompt, seconds: float) -> None:
+def tune(model, prompts, seconds: float) -> None:
     """Print, for each product of a step, the fastest shapes of row_kernel.
 
     Each is tried with the best known of the others, the nearest to the present first.
     """
-    decoder = quant_lab.Decoder(model, prompt, 64, True)
+    quant_lab.compile_layers(model)
+    decoder = quant_lab.Decoder(model, prompts[:1], 64, True)
     step, rule = partial(quant_lab.Decoder.step, decoder), quant_lab.choose_tile
     best, current = {}, None
 
@@ -118,12 +119,12 @@ def bench(kind: str, args: argparse.Namespace) -> None:
     options = quant_lab.Options(new_tokens=args.new_tokens, repeats=args.repeats,
                                 batch_sizes=tuple(args.batch_sizes))
     model = random_model(args.shape, kind, device)
-    prompt = torch.arange(args.prompt, device=device)[None] % 1000 + 1000
+    prompts = torch.randint(1000, 2000, (max(args.batch_sizes), args.prompt), device=device)
     if args.tune:
-        return tune(model, prompt, args.tune)
-    speed = quant_lab.measure_speed(model, prompt, options, cuda)
+        return tune(model, prompts, args.tune)
+    speed = quant_lab.measure_speed(model, prompts, options, cuda)
     copy = speed["copy_bandwidth"]
-    print(f"{kind:6} {speed['weights_memory_bytes'] / 1e6:8,.0f} MB  "
+    print(f"{kind:6} {quant_lab.held_bytes(model) / 1e6:8,.0f} MB  "
           f"TTFT {1000 * speed['ttft_s']['median']:7.2f} ms", *(
               f" batch {d['batch']}: {d['itl_ms']['median']:.3f} ms, "
               f"{100 * d['bandwidth_fraction']:.0f} % of {copy / 1e12:.2f} TB/s"
@@ -131,7 +132,7 @@ def bench(kind: str, args: argparse.Namespace) -> None:
               for d in speed["decode"]), flush=True)
     if args.profile:
         with torch.no_grad():
-            decoder = quant_lab.Decoder(model, prompt, args.new_tokens, cuda)
+            decoder = quant_lab.Decoder(model, prompts[:1], args.new_tokens, cuda)
             decoder.run(1)
             for act in (decoder.prefill, decoder.step):
                 with torch.profiler.profile() as profile:

@@ -13,12 +13,25 @@ import quant_lab
 WINDOW = 64
 
 
+def round_each_token(linear):
+    """Let compressed-tensors see three dimensions: of two it makes one scale for all tokens."""
+    forward = linear.forward
+    linear.forward = lambda x: forward(x.flatten(0, -2)[None]).unflatten(1, x.shape[:-1])[0]
+
+
 @torch.no_grad()
 def score_plainly(folder, texts, dtype=torch.float16):
     """Return log probabilities [windows, 63, vocabulary] and the ids scored, by plain loops."""
     ids = AutoTokenizer.from_pretrained(folder)(
         (texts / "eval.txt").read_text(encoding="utf-8")).input_ids
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    model(torch.tensor([ids[:2]]))  # Unpacks compressed weights.
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:  # Experts, which are unpacked to that.
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "quantization_scheme"):
+            round_each_token(module)
     found, wanted = [], []
     for begin in range(0, len(ids) - WINDOW + 1, WINDOW):
         window = torch.tensor([ids[begin : begin + WINDOW]])

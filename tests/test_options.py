@@ -1,6 +1,7 @@
 """Check the form of the script, its notebook, options, every refusal by code and line."""
 
 import ast
+import gzip
 import io
 import json
 import os
@@ -13,7 +14,7 @@ import tokenize
 import jupytext
 import pytest
 import torch
-from conftest import ROOT, SCRIPT, make_small
+from conftest import LABELS, ROOT, SCRIPT, make_small
 
 import quant_lab
 
@@ -120,12 +121,55 @@ def test_variants_run_in_the_order_of_the_table(words):
     assert options.variants == ("00_fp16_baseline", "03_smoothquant_w8a8")
 
 
-def test_the_control_is_opt_in():
-    assert list(quant_lab.VARIANTS) == [*quant_lab.Options().variants, "rtn_w4a16"]
+def test_recipes_on_request_are_not_run_unless_named():
+    requested = ["rtn_w4a16", "awq_w4a16", "w8a16", "fp8_block"]
+    assert list(quant_lab.VARIANTS) == [*LABELS, *requested]
     for words in ([], ["--demo"]):
-        assert "rtn_w4a16" not in quant_lab.parse_options(words).variants
-    words = ["--variants", "rtn_w4a16", "02_gptq_w4a16"]
-    assert quant_lab.parse_options(words).variants == ("02_gptq_w4a16", "rtn_w4a16")
+        assert list(quant_lab.parse_options(words).variants) == LABELS
+
+
+@pytest.mark.parametrize("words, labels", [
+    (["fp8"], LABELS[1:2]), (["w4a16"], LABELS[2:3]), (["gptq"], LABELS[2:3]),
+    (["w8a8"], LABELS[3:]), (["smooth"], LABELS[3:]), (["rtn"], ["rtn_w4a16"]),
+    (["awq"], ["awq_w4a16"]), (["w8a16"], ["w8a16"]), (["block"], ["fp8_block"]),
+    (["fp8_block,fp8"], [LABELS[1], "fp8_block"]), (["rtn", "gptq"], [LABELS[2], "rtn_w4a16"]),
+    (["baseline"], []), (["all"], [*quant_lab.VARIANTS][1:])])
+def test_a_unique_part_of_a_label_is_enough(words, labels):
+    """The baseline, to which all others are compared, always runs."""
+    options = quant_lab.parse_options(["--variants", *words])
+    assert list(options.variants) == [LABELS[0], *labels]
+
+
+@pytest.mark.parametrize("word", ["ftp8", "w", "0", ""])
+def test_no_label_or_a_part_of_several_lists_the_choices(capsys, word):
+    with pytest.raises(SystemExit) as end:
+        quant_lab.parse_options(["--variants", "gptq", word])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and repr(word) in said
+    for label in ("all", *quant_lab.VARIANTS):
+        assert re.search(rf"\b{label}\b", said)
+
+
+@pytest.mark.parametrize("words, name, value", [
+    (["--dtype", "fp16"], "dtype", "float16"), (["--dtype", "bf16"], "dtype", "bfloat16"),
+    (["--dtype", "fp32"], "dtype", "float32"), (["--dtype", "float32"], "dtype", "float32"),
+    (["--batch-sizes", "1,8"], "batch_sizes", (1, 8)),
+    (["--batch-sizes", "8,2", "4"], "batch_sizes", (1, 2, 4, 8)),
+    (["--batch-sizes", "8"], "batch_sizes", (1, 8)),
+    (["--group-size", "32"], "group_size", 32)])
+def test_what_users_type(words, name, value):
+    assert getattr(quant_lab.parse_options(words), name) == value
+
+
+@pytest.mark.parametrize("typed, meant", [
+    ("--max-window", "--max-windows"), ("--windw", "--window"), ("--variant", "--variants"),
+    ("--batchsize", "--batch-sizes"), ("--groupsize=64", "--group-size")])
+def test_a_misspelt_option_gets_the_one_meant(capsys, typed, meant):
+    with pytest.raises(SystemExit) as end:
+        quant_lab.parse_options([typed, "3"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and typed in said
+    assert f"did you mean {meant}?" in said
 
 
 def test_a_notebook_reads_the_environment_instead_of_the_kernels_words(
@@ -150,7 +194,7 @@ def test_a_script_reads_its_own_words(monkeypatch):
 
 def refused(run, *names, lines=1):
     assert run.code == 2, run.out + run.err
-    for inside in ("Traceback", "<function", "functools", " object at 0x"):
+    for inside in ("Traceback", "<function", "functools", " object at 0x", "ValueError:"):
         assert inside not in run.out + run.err
     said = run.err.strip().split("\n")
     assert len(said) == lines and said[0].startswith("quant_lab: "), run.err
@@ -159,8 +203,9 @@ def refused(run, *names, lines=1):
 
 
 @pytest.mark.parametrize("words, names", [
-    (["--windw", "64"], ["--windw", "--help"]),
+    (["--windw", "64"], ["--windw", "--window"]),
     (["--win", "64"], ["--win"]),
+    (["--unheard-of", "64"], ["--unheard-of", "--help"]),
     (["stray"], ["stray"]),
     (["--window", "many"], ["--window", "many"]),
     (["--window", "1"], ["--window 1", "2"]),
@@ -170,6 +215,9 @@ def refused(run, *names, lines=1):
     (["--variants", "04_wishful"], ["04_wishful", "02_gptq_w4a16"]),
     (["--variants"], ["--variants"]),
     (["--batch-sizes"], ["--batch-sizes"]),
+    (["--batch-sizes", "1,x"], ["--batch-sizes", "x"]),
+    (["--group-size", "100"], ["--group-size", "100", "128"]),
+    (["--kld-tokens", "100"], ["--kld-tokens"]),
 ])
 def test_bad_words(run_script, words, names):
     refused(run_script(*words), *names)
@@ -177,8 +225,8 @@ def test_bad_words(run_script, words, names):
 
 @pytest.mark.parametrize("flag, word, low, high", [
     ("--max-windows", -1, 0, None), ("--window", 1, 2, None), ("--repeats", 0, 1, None),
-    ("--kld-tokens", 0, 1, None), ("--new-tokens", 1, 2, None),
-    ("--batch-sizes", 0, 1, None), ("--calibration-samples", 0, 1, None),
+    ("--new-tokens", 1, 2, None), ("--batch-sizes", 0, 1, None),
+    ("--calibration-samples", 0, 1, None),
     ("--calibration-length", 7, 8, None), ("--dampening", "nan", 0, 1),
     ("--dampening", "-0.1", 0, 1), ("--smoothing-strength", 1.5, 0, 1),
     ("--seed", -1, 0, 2**32 - 1), ("--seed", 2**32, 0, 2**32 - 1)])
@@ -269,6 +317,52 @@ def damage_template_that_raises(folder):
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no users here') }}")
 
 
+def make_gguf(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "model-q4_k_m.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+
+
+def make_adapter(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct"}')
+
+
+def make_bert(folder):
+    from transformers import BertConfig, BertForMaskedLM
+
+    BertForMaskedLM(BertConfig(
+        vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32)).save_pretrained(folder)
+
+
+def make_embedding(folder):
+    (folder / "modules.json").write_text(json.dumps([
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling",
+         "type": "sentence_transformers.models.Pooling"}]))
+
+
+@pytest.mark.parametrize("make, file, reason, way_out", [
+    (make_gguf, "", "GGUF", "made from"),
+    (make_gguf, "model-q4_k_m.gguf", "GGUF", "made from"),
+    (make_adapter, "", "LoRA adapter", "merge"),
+    (damage_no_weights, "", "no safetensors", "save_pretrained"),
+    (make_bert, "", "BertForMaskedLM", "causal LM"),
+    (make_embedding, "", "embedding model", "no text"),
+    (damage_already_quantized, "", "quantized already", "original")])
+def test_what_is_no_whole_causal_model_is_refused_with_the_way_out(
+        run_script, quick, small, tmp_path, make, file, reason, way_out):
+    shutil.copytree(small, tmp_path / "model")
+    make(tmp_path / "model")
+    run = run_script(*quick, "--model", tmp_path / "model" / file)
+    refused(run, tmp_path / "model" / file, reason, way_out)
+    assert "network" not in run.err and "Error" not in run.err
+    assert not (tmp_path / "out").exists(), "a refused run leaves nothing"
+
+
 def damage_remote_code(folder):
     code = f"open({str(folder / 'ran')!r}, 'w')\n"
     (folder / "conf.py").write_text(code)
@@ -291,10 +385,11 @@ def test_model_folder_that_cannot_be_used(run_script, quick, small, tmp_path, da
 
 
 @pytest.mark.parametrize("content, says", [
-    ("", "no conversation"), ("\n\n", "no conversation"),
+    ("", "line 1"), ("\n\n", "line 1"), ("[]", "no chat"),
     ('{"messages": [{"role": "user", "content": "hi"}]}\nnot json', "line 2"),
-    ('{"text": "hi"}', "line 1"), ('["hi"]', "line 1"), ('{"messages": []}', "line 1"),
-    ('{"messages": ["hi"]}', "line 1"), ('{"messages": 3}', "line 1"),
+    ('{"text": "hi"}\n{"text": " "}', "line 2"), ('["hi"]', "entry 1"),
+    ('{"messages": []}', "line 1"), ('{"messages": ["hi"]}', "line 1"),
+    ('{"messages": 3}', "line 1"), ('"hi"', "line 1"), ("3", "line 1"),
     ('{"messages": [{"role": "user", "content": 3}]}', "line 1"),
     ('{"messages": [{"role": "pirate", "content": "arr"}]}', "line 1"),
     (b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', "utf-8"),
@@ -388,3 +483,145 @@ def test_calibration_is_shuffled_templated_cut_and_counted(
     said = capsys.readouterr().out
     assert len(whole) == 12 and "12 chats" in said and "256 asked for" in said
     assert f"{sum(map(len, whole)):,} tokens" in said
+
+
+def write_chats(file, entries):
+    """Write entries one a line, gzipped where the file's name says so; return the words."""
+    content = "\n".join(map(json.dumps, entries)).encode()
+    file.write_bytes(gzip.compress(content) if file.suffix == ".gz" else content)
+    return ["--calibration-data", str(file), "--calibration-length", "64"]
+
+
+def load_chats(tokenizer, words):
+    return quant_lab.load_calibration(quant_lab.parse_options(words), tokenizer, 2048)
+
+
+def count_forms(out):
+    """Return what the line of the formats says: how many of each."""
+    line, = (line for line in out.split("\n") if line.startswith("chats "))
+    pairs = [part.split(" of ") for part in line.removeprefix("chats").strip().split(", ")]
+    assert len({form for _, form in pairs}) == len(pairs), "each format is said once"
+    return {form: int(number) for number, form in pairs}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small):
+    return quant_lab.open_model(quant_lab.Options(model=str(small)))[1]
+
+
+PLAIN = [[dict(role=role, content=f"{word} {n}") for role, word in (
+    ("system", "Be kind"), ("user", "What is"), ("assistant", "It is"),
+    ("user", "And minus"), ("assistant", "Less than"))] for n in range(4)]
+SHAREGPT = dict(system="system", user="human", assistant="gpt")
+
+
+def to_parts(text):
+    first, _, rest = text.partition(" ")
+    return [{"type": "text", "text": first}, {"type": "text", "text": rest}]
+
+
+@pytest.mark.parametrize("form, convert, plain", [
+    ("messages", lambda chat: {"messages": chat, "id": 3}, PLAIN),
+    ("messages", lambda chat: {"messages": [
+        {"role": turn["role"], "content": to_parts(turn["content"])} for turn in chat]},
+     [[turn | dict(content="\n".join(turn["content"].split(" ", 1))) for turn in chat]
+      for chat in PLAIN]),
+    ("messages", lambda chat: {"messages": [*chat, {
+        "role": "assistant", "content": None, "tool_calls": [{
+            "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"role": "tool", "content": "3"}]},
+     [[*chat, dict(role="assistant", content=""), dict(role="tool", content="3")]
+      for chat in PLAIN]),
+    ("conversations", lambda chat: {"conversations": [
+        {"from": SHAREGPT[turn["role"]], "value": turn["content"]} for turn in chat]}, PLAIN),
+    ("prompt completion", lambda chat: {
+        "prompt": chat[1]["content"], "completion": chat[2]["content"]},
+     [chat[1:3] for chat in PLAIN]),
+    ("prompt completion", lambda chat: {"prompt": chat[:2], "completion": chat[2:]}, PLAIN)])
+def test_formats_of_chats_are_those_of_messages(
+        tokenizer, tmp_path, capsys, form, convert, plain):
+    wanted = load_chats(tokenizer, write_chats(
+        tmp_path / "plain.jsonl", [{"messages": chat} for chat in plain]))
+    assert [chat and sorted(chat) for chat in [wanted["input_ids"]]] == [sorted(
+        tokenizer.apply_chat_template(chat, truncation=True, max_length=64,
+                                      return_dict=True).input_ids for chat in plain)]
+    entries = [convert(chat) for chat in PLAIN]
+    capsys.readouterr()
+    assert load_chats(tokenizer, write_chats(tmp_path / "chats.jsonl", entries)) == wanted
+    assert count_forms(capsys.readouterr().out) == {form: 4}
+    assert load_chats(tokenizer, write_chats(tmp_path / "chats.jsonl.gz", entries)) == wanted
+    for indent in None, 1:
+        (tmp_path / "chats.json").write_text(json.dumps(entries, indent=indent))
+        found = load_chats(tokenizer, ["--calibration-data", str(tmp_path / "chats.json"),
+                                       "--calibration-length", "64"])
+        assert found == wanted
+
+
+def test_text_calibrates_as_it_is(tokenizer, tmp_path, capsys):
+    found = load_chats(tokenizer, write_chats(
+        tmp_path / "texts.jsonl", [{"text": "Some text of five or more words."}]))
+    assert found["input_ids"] == [tokenizer("Some text of five or more words.").input_ids]
+    assert count_forms(capsys.readouterr().out) == dict(text=1)
+
+
+def test_a_file_of_several_formats_counts_each(tokenizer, tmp_path, capsys):
+    load_chats(tokenizer, write_chats(tmp_path / "mixed.jsonl", [
+        {"messages": PLAIN[0]}, {"text": "Hello"}, {"messages": PLAIN[1]},
+        {"conversations": [{"from": "human", "value": "Hi"}]}]))
+    assert count_forms(capsys.readouterr().out) == dict(messages=2, text=1, conversations=1)
+
+
+@pytest.mark.parametrize("entry, names", [
+    ({"instruction": "Add", "output": "3"}, ["instruction", "output"]),
+    ({"question": "Why?", "answer": "So."}, ["question", "answer"]),
+    ({"prompt": "Add", "chosen": "3", "rejected": "4"}, ["prompt", "chosen", "rejected"]),
+    ({"conversations": [{"from": "pirate", "value": "arr"}]}, ["pirate"]),
+    ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None}]},
+     ["assistant"]),
+    ({"text": 3}, []), ({"messages": [{"role": "user", "content": [3]}]}, [])])
+def test_a_format_that_is_not_known_is_refused_by_line_and_keys(
+        run_script, quick, tmp_path, entry, names):
+    words = write_chats(tmp_path / "odd.jsonl", [{"messages": PLAIN[0]}, entry])
+    refused(run_script(*quick, *words), "--calibration-data", "line 2", *names)
+    (tmp_path / "odd.json").write_text(json.dumps([{"messages": PLAIN[0]}, entry], indent=1))
+    refused(run_script(*quick, "--calibration-data", tmp_path / "odd.json"), "entry 2", *names)
+
+
+PICKY = """{% if messages[0].role == "system" %}{{ raise_exception("no system turn here") }}\
+{% endif %}{% for turn in messages %}{% if (turn.role == "user") != (loop.index0 % 2 == 0) %}\
+{{ raise_exception("roles must alternate") }}{% endif %}[{{ turn.content }}]{% endfor %}"""
+
+
+def test_chats_that_the_template_refuses_are_skipped_and_counted(small, tmp_path, capsys):
+    _, tokenizer, _ = quant_lab.open_model(quant_lab.Options(model=str(small)))
+    tokenizer.chat_template = PICKY
+    good = [{"messages": chat[1:]} for chat in PLAIN[:2]]
+    bad = [{"messages": PLAIN[2]}, {"messages": PLAIN[3][1:2] * 2}, {"messages": PLAIN[3][2:3]}]
+    wanted = load_chats(tokenizer, write_chats(tmp_path / "good.jsonl", good))
+    capsys.readouterr()
+    found = load_chats(tokenizer, write_chats(tmp_path / "mixed.jsonl", good + bad))
+    said = capsys.readouterr().out
+    assert sorted(found["input_ids"]) == sorted(wanted["input_ids"])
+    assert len(found["attention_mask"]) == 2
+    counts = re.findall(r"refused (\d+)", said)
+    assert "2 chats" in said and sum(map(int, counts)) == 3
+    assert "no system turn here" in said or "roles must alternate" in said
+    found = load_chats(tokenizer, ["--calibration-samples", "1", *write_chats(
+        tmp_path / "mixed.jsonl", good + bad)])
+    assert len(found["input_ids"]) == 1 and found["input_ids"][0] in wanted["input_ids"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        load_chats(tokenizer, write_chats(tmp_path / "bad.jsonl", bad[:1]))
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert "no system turn here" in said and "template" in said and "ValueError" not in said
+    assert "network" not in said
+
+
+def test_the_tokenizer_leaves_calibration_as_it_came(small, texts, quick, tmp_path):
+    """What cuts the chats is a state of a fast tokenizer that its file would keep."""
+    lab = quant_lab.set_up([str(word) for word in quick])
+    lab.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text("utf-8"))
+    assert saved == json.loads((small / "tokenizer.json").read_text("utf-8"))
+    assert saved["truncation"] is None

@@ -253,6 +253,15 @@ def test_many_batches_make_more_tables_not_wider_ones():
     assert len(titles) == len(set(titles))
 
 
+def test_the_caption_says_what_begins_a_window():
+    results = read("demo-cpu")
+    results["inputs"]["window_begin"] = ""
+    assert "begun" not in quant_lab.render_tables(results, results["variants"])
+    results["inputs"]["window_begin"] = "<bos>"
+    said = " ".join(quant_lab.render_tables(results, results["variants"]).split())
+    assert "in windows of 512, each begun with `<bos>`;" in said
+
+
 def test_tables_of_failures_alone(results):
     results["variants"] = [fail(row) for row in results["variants"]]
     for table in read_tables(quant_lab.render_summary(results)):
@@ -302,11 +311,26 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
 
 def test_only_timings_are_noisy(calm):
     """Set wide intervals of quality: they are wide, and ranked."""
-    for row in calm["variants"][1:]:
-        row["kld"] |= dict(mean=0.1, low=0.01, high=1.0)
+    for shift, row in enumerate(calm["variants"][1:]):
+        windows = [0.01 if (n + shift) % 3 else 0.28 for n in range(30)]
+        row["kld"] |= dict(mean=0.1, low=0.01, high=1.0, windows=windows)
     assert read_best(calm["variants"])["Closest to the reference by KLD"] == (
         {FP8, INT4, INT8}, set())
     assert "noisy" not in find_cell(calm, FP8, "KLD")
+
+
+def test_kld_is_compared_window_by_window(calm):
+    """What all share cancels: intervals that overlap, and yet one is below the others."""
+    texts = [0.05 + 0.9 * (n % 7 == 0) + 0.01 * (n % 5) for n in range(30)]
+    for add, row in enumerate(calm["variants"][1:]):
+        windows = [x + 0.004 * add + 0.001 * (n * add % 3) for n, x in enumerate(texts)]
+        row["kld"] |= dict(mean=sum(windows) / 30, low=0.01, high=0.9, windows=windows)
+    closest = "Closest to the reference by KLD"
+    assert read_best(calm["variants"])[closest] == ({FP8}, set())
+    for row in calm["variants"][1:3]:
+        row["kld"]["windows"] = row["kld"]["windows"][:11]
+    calm["variants"][3] = fail(calm["variants"][3])
+    assert read_best(calm["variants"])[closest] == ({FP8, INT4}, set()), "too few windows"
 
 
 def test_1_3_times_is_not_yet_noisy(calm):
@@ -432,6 +456,9 @@ def test_the_verdict_says_what_to_beware_of(calm):
     assert "MemoryError: scoring did not fit" in find_lines(rows, INT8)
     before = quant_lab.render_verdict(rows)
     assert "--dampening" not in before and "warning" not in before
+    int4["notes"] = ["groups of 32: 128 does not divide the width 96", "9 stay 16-bit"]
+    for note in int4["notes"]:
+        assert note in find_lines(rows, INT4) and note not in find_lines(rows, FP8)
     int4["rtn_fallbacks"], base["kld"]["mean"] = 17, 0.5
     assert re.search("warning.* 17 .*--dampening", find_lines(rows, INT4))
     assert "0.5" in find_lines(rows, BASE), "not the reference"
@@ -448,10 +475,10 @@ def test_ranges_that_meet_are_not_ranked(calm):
     rows[2]["status"] = "ok"
     for row in rows:
         row["decode"][1] = dict.fromkeys(row["decode"][1]) | dict(batch=8, error="OOM")
-        row["kld"] = row["kld"] | dict(low=None, high=None)
+        row["kld"] = row["kld"] | dict(low=None, high=None, windows=[0.1, 0.2])
     best = read_best(rows)
     assert not any("batch" in goal for goal in best), "no batch fitted"
-    assert best["Closest to the reference by KLD"][0] == {"unknown"}, "no intervals"
+    assert best["Closest to the reference by KLD"][0] == {FP8, INT4, INT8}, "no intervals"
     assert find_cell(calm, FP8, "batch 8 tok/s") == "OOM"
 
 
@@ -518,6 +545,20 @@ def disturb_all(results):
         set_spread(row, 2)
 
 
+def run_six(results):
+    """Two variants more than there are by default."""
+    rows = results["variants"]
+    for number, label in enumerate((CONTROL, "fp8_block")):
+        rows.append(copy.deepcopy(rows[-1]) | dict(
+            label=label, weight_bytes=(number + 2) * rows[0]["weight_bytes"]))
+
+
+def lose_speed(results):
+    """Leave one row without speed, as where it cannot be measured."""
+    results["variants"][2] |= dict.fromkeys(
+        ("ttft_s", "latency_s", "decode_tok_s", "decode", "copy_bandwidth"))
+
+
 def lose_much(results):
     results["variants"][2]["perplexity_ratio"] = dict(value=5e3, low=1e2, high=9e4)
 
@@ -531,7 +572,7 @@ def fit_no_batch(results):
 
 @pytest.mark.parametrize("spoil", [
     lambda results: None, fail_last, fail_all, leave_one, tie_all, disturb_all, lose_much,
-    fit_no_batch])
+    fit_no_batch, run_six, lose_speed])
 def test_nothing_in_the_picture_overlaps(results, spoil):
     spoil(results)
     figure, renderer = draw(results)
@@ -602,6 +643,33 @@ def test_failures_show_in_the_picture(calm, spread):
         assert bars[INT8] == (0, "failed") and bars[CONTROL] == bars[INT4]
     names = read_names(draw(calm)[0], rows_of(calm))
     assert [label for label, said in names.items() if "failed" in said] == [INT8]
+
+
+def test_six_variants_are_all_in_the_picture(results):
+    run_six(results)
+    labels = [row["label"] for row in results["variants"]]
+    assert list(read_names(draw(results)[0], labels)) == labels and len(labels) == 6
+    for bars in read_bars(results).values():
+        assert list(bars) == labels
+    bars = read_bars(results)["bytes on disk"]
+    assert [bars[label][0] for label in labels[4:]] == [2, 3]
+
+
+def test_a_variant_without_speed_keeps_its_other_figures(calm):
+    lose_speed(calm)
+    bars = read_bars(calm)
+    for title, figures in bars.items():
+        assert (figures[INT4] == (0, "–")) == ("tokens/s" in title)
+        assert figures[INT8][0] > 0
+    for title, there in (("KLD", True), ("weights MB", True), ("tokens/s", False),
+                         ("TTFT ms", False), ("batch 8 tok/s", False)):
+        cell = find_cell(calm, INT4, title)
+        assert bool(numbers(cell)) == there and "failed" not in cell
+    best = read_best(calm["variants"])
+    assert INT4 in best["Smallest"][0]
+    for goal in ("Fastest for one sequence", "Fastest for a batch of 8"):
+        names, noisy = best[goal]
+        assert INT4 not in names | noisy and names != {"unknown"}
 
 
 def test_without_a_baseline_the_picture_compares_nothing(results):
@@ -678,7 +746,7 @@ def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("QUANT_LAB_ARGS", (
         "--demo --device cpu --max-windows 3 --repeats 2 --new-tokens 4 --batch-sizes 2 "
-        "--calibration-samples 2 --calibration-length 32 --kld-tokens 100 "
+        "--calibration-samples 2 --calibration-length 32 "
         f"--variants {BASE} {FP8} {INT4} {INT8} {CONTROL} --output-dir '{tmp_path}'"))
     notebook = jupytext.read(SCRIPT)
     notebook.metadata["kernelspec"]["name"] = "python3"
