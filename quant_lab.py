@@ -145,8 +145,10 @@ BASELINE, DEFAULT = "00_fp16_baseline", tuple(VARIANTS)[:4]
 """## Options
 
 Each option stands here once, with a remark on when to change it; the command line is
-derived from it. What is typed wins over what `--demo` presets. In a notebook, put the
-same words into the environment first, as in `%env QUANT_LAB_ARGS=--demo`."""
+derived from it. What is typed wins over what `--demo` presets. Of a label a part is
+enough: `--variants fp8 w4a16` looks among the four first, then among all; the baseline
+always runs, as all figures stand beside it. In a notebook, put the same words into the
+environment first, as in `%env QUANT_LAB_ARGS=--demo`."""
 
 # %%
 ULTRACHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k", "Salesforce/wikitext"
@@ -261,6 +263,7 @@ def parse_options(words: list[str]) -> Options:
         variants=tuple(v for v in VARIANTS if v in labels),
         batch_sizes=tuple(sorted({1, *given["batch_sizes"]}))))
 
+# %%
 def choose_device(options: Options) -> tuple[torch.device, str]:
     """Return the device and the reason for it; without a usable one, exit with 2."""
     if options.device == "cpu":
@@ -289,10 +292,18 @@ under `assets/quant_lab`. Code of a model never runs.
 
 Two texts that share nothing are used. *Calibration* chats, in the model's own chat
 template, are what GPTQ and SmoothQuant look at: 256 conversations, drawn with `--seed`
-from the first 1,024, each cut to 1,024 tokens; your own are a .jsonl, a JSON array or
-either as .gz, of messages, ShareGPT, prompt and completion, or text. A chat that the
-template refuses is left out and counted. *Evaluation* text is scored. The demo takes both from Python's help: an eighth of its topics is held out and scored,
-the rest calibrates, and trained the tiny model (`tests/make_checkpoint.py`)."""
+from the first 1,024, each cut to 1,024 tokens; your own are a .jsonl or a JSON array,
+also as .gz, of any of these:
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
+    {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}
+    {"prompt": "...", "completion": "..."}
+    {"text": "goes to the tokenizer as it is, without a template"}
+
+A chat that the template refuses, for a system turn or an order of roles, is left out
+and counted. *Evaluation* text is scored. The demo takes both from Python's help: an
+eighth of its topics is held out and scored, the rest calibrates, and trained the tiny
+model (`tests/make_checkpoint.py`)."""
 
 # %%
 def find_path(name: str) -> Path | None:
@@ -314,17 +325,18 @@ def find_obstacle(folder: Path) -> str | None:
     config = read_json(folder / "config.json")
     kind = (config.get("architectures") or [None])[0]
     for holds, obstacle in (
-            ("adapter_config.json" in names, "is a LoRA adapter: merge it into its model "
-             "(PEFT: merge_and_unload) and give that"),
+            ("adapter_config.json" in names, "is a LoRA adapter: merge it into its "
+             "model (PEFT: merge_and_unload) and give that"),
             ("modules.json" in names, "is an embedding model, it writes no text"),
-            ("quantization_config" in config, "is quantized already, give the original"),
+            ("quantization_config" in config, "is quantized already; give its source"),
             (".gguf" in names and not whole, "is GGUF, give what it was made from"),
             (not config, "has no config.json (of GGUF, give what it was made from)"),
-            (kind and kind not in str(known), f"is {kind}, no causal LM to transformers"),
+            (kind and kind not in str(known), f"is {kind}, which is no causal LM"),
             (not whole, "has no safetensors: load it, save_pretrained, and give that")):
         if holds:
             return obstacle
 
+# %%
 def open_model(options: Options) -> tuple[Path, object, int]:
     """Return a chat model's folder (fetched if need be), tokenizer, context length."""
     import transformers
@@ -420,6 +432,7 @@ def read_chats(file: Path) -> list:
     print(f"chats        {', '.join(f'{n} of {form}' for form, n in kinds.items())}")
     return chats
 
+# %%
 def load_calibration(options: Options, tokenizer, context: int) -> dict[str, list]:
     """Return the calibration chats' input_ids and attention_mask, a list of each."""
     source, wanted = options.calibration_data, options.calibration_samples
@@ -439,7 +452,7 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
             refused[describe(error)] += 1
         if len(samples) == wanted:
             break
-    why = [f"; the chat template refuses {n}: {reason}" for reason, n in refused.items()]
+    why = [f"; the template refused {n}: {x}" for x, n in refused.items()]
     if not samples:
         stop(f"--calibration-data {source}: no chat is left{''.join(why)}")
     print(f"calibration  {len(samples)} chats of {source}, {wanted} asked for, "
@@ -486,7 +499,8 @@ takes its own pass over the calibration chats, layer by layer; the baseline has 
 - **MB, size**: bytes of the safetensors, in units of 10^6, and over the baseline's. A
   small model does not become four times smaller in four bits: its embedding, more than
   a quarter of Qwen2.5-0.5B, stays 16-bit.
-- **quantize s**: the recipe with its calibration, without loading and saving.
+- **quantize s**: the recipe with its calibration, without loading and saving. With
+  SmoothQuant or AWQ it includes the proof that smoothing changed nothing.
 
 Where GPTQ cannot invert a layer's matrix, llmcompressor rounds that layer to nearest
 and says so in a line of its log. It is counted, and the verdict warns of it."""
@@ -529,7 +543,7 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
         form["ignore"] = sorted({*form["ignore"], *kept})
         write_json(unfinished / "config.json", config)
         if others := [name for name in kept if name != "lm_head"]:
-            row["notes"].append(f"{len(others)} Linears stay 16-bit, as {others[0]}")
+            row["notes"] += [f"{len(others)} Linears stay 16-bit, as {others[0]}"]
     lab.tokenizer.save_pretrained(unfinished)
     if lab.options.plain_text:  # The template is not the model's own.
         (unfinished / "chat_template.jinja").unlink(missing_ok=True)
@@ -545,6 +559,7 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     unfinished.rename(folder)  # In one step: a checkpoint is there or it is not.
     return row
 
+# %%
 def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
     """Return its part of the row if a checkpoint is there, complete and unaltered."""
     folder = lab.output / "checkpoints" / label
@@ -563,9 +578,10 @@ def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
 **Perplexity** follows the GPTQ paper. The text is tokenized once and cut into windows
 that do not overlap, each begun with BOS where the tokenizer begins a text with it
 (without, Gemma 3 270M has a perplexity of 36 instead of 21); every token but the first
-of a window is scored, a tail shorter than a window is not. With the loss in nats of token i given those before it in the
-window, perplexity = exp(mean loss). Compare it only with figures of the same text,
-window and tokenizer: protocols differ by more than recipes do.
+of a window is scored, a tail shorter than a window is not. With the loss in nats of
+token i given those before it in the window, perplexity = exp(mean loss). Compare it
+only with figures of the same text, window and tokenizer: protocols differ by more than
+recipes do.
 
 **Ratio**: perplexity over the reference's. Both score the very same tokens, so the
 interval is that of the *paired* difference: how hard the text is cancels, and the
@@ -630,18 +646,19 @@ def score_text(model, windows: Tensor, unscored: int, visit: Callable) -> Tensor
             visit(hidden, logits)
     return torch.cat(losses).view(len(windows), -1).double().cpu()
 
-def complete_prompts(model, prompts: list[Tensor], tokenizer, new_tokens: int) -> list:
-    """Return greedy completions of prompts, ids [1, n]: lists of ids."""
+# %%
+def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
+    """Return greedy completions of lab.prompts: ids, at most `--new-tokens` each."""
     from transformers import GenerationConfig
     # A new object: whatever generate is not told comes from the model's own defaults,
     # which may ask for sampling or a repetition penalty.
-    model.generation_config = GenerationConfig(
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id)
+    ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=ends)
     completions = []
-    for prompt in show_progress("completing", prompts):
+    for prompt in show_progress("completing", lab.prompts):
         prompt = prompt.to(model.device)
         ids = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt),
-                             do_sample=False, max_new_tokens=new_tokens)
+                             do_sample=False, max_new_tokens=lab.options.new_tokens)
         completions.append(ids[0, prompt.shape[1]:].tolist())
     return completions
 
@@ -651,9 +668,7 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     model, states = place_model(lab.model_folder, lab.options, lab.device), []
     losses = score_text(model, lab.windows, lab.unscored,
                         lambda hidden, _: states.append(hidden.cpu()))
-    completions = complete_prompts(
-        model, lab.prompts, lab.tokenizer, lab.options.new_tokens)
-    decoder = find_decoder(model)
+    completions, decoder = complete_prompts(model, lab), find_decoder(model)
     output = decoder(input_ids=lab.windows[:1, :2].to(lab.device), use_cache=False)
     for part in decoder.children():  # What is left is the head, and what follows it.
         if isinstance(part, torch.nn.ModuleList):
@@ -695,26 +710,23 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     losses = score_text(model, lab.windows, lab.unscored, compare)
     reference.head.cpu()
     kld, agrees = torch.cat(parts, dim=1).view(2, *losses.shape)
-    perplexity = estimate(losses, raise_e)
-    # Paired token by token: what makes the text hard cancels.
-    ratio = estimate(losses - reference.losses, raise_e)
-    most = lab.options.new_tokens
-    mine = complete_prompts(model, lab.prompts, lab.tokenizer, most)
+    mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
     for prompt, made, wanted in zip(PROMPTS, mine, reference.completions):
         differs = [a != b for a, b in zip_longest(made, wanted)]
-        same = differs.index(True) if any(differs) else most
+        same = differs.index(True) if any(differs) else lab.options.new_tokens
         text = lab.tokenizer.decode(made, skip_special_tokens=True)
         completions.append(dict(prompt=prompt, completion=text, same_tokens=same))
     lengths = [one["same_tokens"] for one in completions]
-    ranks = dict(median=0.5, p99=0.99, p999=0.999, max=1.0)
-    found = numpy.quantile(kld.flatten(), [*ranks.values()]).tolist()
+    ranks = numpy.quantile(kld.flatten(), [0.5, 0.99, 0.999, 1.0]).tolist()
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
-        perplexity_ratio=ratio, tokens_scored=losses.numel(),
-        window_losses=losses.mean(1).tolist(),
+        # Paired token by token: what makes the text hard cancels.
+        perplexity_ratio=estimate(losses - reference.losses, raise_e),
+        tokens_scored=losses.numel(), window_losses=losses.mean(1).tolist(),
         top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
-        kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(zip(ranks, found)) | dict(
-            tokens=kld.numel(), windows=kld.mean(1).tolist()),
+        kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
+            zip(("median", "p99", "p999", "max"), ranks), tokens=kld.numel(),
+            windows=kld.mean(1).tolist()),
         divergence=dict(median=statistics.median(lengths), min=min(lengths),
                         max=max(lengths), completions=completions))
 
@@ -767,40 +779,36 @@ def held_bytes(model) -> int:
 
 # %%
 class Decoder:
-    """Continue prompts, ids [batch, n], greedily; token [batch, 1] is new.
-
-    Compiled, it goes over LayerCache, prefill and step are CUDA graphs; else it goes
-    over transformers' DynamicCache, which any architecture takes.
-    """
+    """Continue prompts, ids [batch, n], greedily; token [batch, 1] is new. Compiled, it
+    is CUDA graphs over LayerCache; else a loop over transformers' DynamicCache."""
     def __init__(self, model, prompts: Tensor, new_tokens: int, compiled: bool):
         from transformers import DynamicCache
-        (batch, start), begin = prompts.shape, now()
+        (batch, start), begin, device = prompts.shape, now(), model.device
         length = math.ceil((start + new_tokens) / 16) * 16  # SDPA wants that.
         self.model, self.prompts, self.compiled = model, prompts, compiled
-        self.token, self.peaks = prompts[:, -1:].clone(), []  # Peaks: bytes of memory.
-        self.places = torch.arange(start, device=model.device)
+        self.token, self.peaks = prompts[:, -1:].clone(), []  # Peaks: bytes.
+        self.places = torch.arange(start, device=device)
         self.position = self.places[-1:] + 1
-        self.mask = torch.zeros(
-            1, 1, 1, length, dtype=model.dtype, device=model.device)
-        self.initial = self.cache = ([LayerCache(length) for _ in find_decoder(
-            model).layers] if compiled else DynamicCache(config=model.config))
+        self.mask = torch.zeros(1, 1, 1, length, dtype=model.dtype, device=device)
+        self.cache = ([LayerCache(length) for _ in find_decoder(model).layers]
+                      if compiled else DynamicCache(config=model.config))
         self.takes = inspect.signature(model.forward).parameters
+        self.initial = deepcopy(self.cache)
         if compiled or batch > 1:
             self.prefill()  # Uncompiled: it makes the cache.
             self.initial = self.cache
         self.first = self.token.clone()
-        if compiled and batch == 1:
-            self.prefill = record(self, self.prefill)  # A graph from here.
-        if compiled:
+        if compiled:  # Graphs from here.
+            self.prefill = record(self, self.prefill) if batch == 1 else self.prefill
             self.step = record(self, self.step)
         self.seconds = now() - begin  # Of preparing, with compiling.
 
     def advance(self, ids, places, mask) -> None:
         for layer in self.cache if self.compiled else ():
             layer.position = places
-        inputs = dict(input_ids=ids, position_ids=places[None], use_cache=True,
-                      past_key_values=self.cache, cache_params=self.cache,
-                      attention_mask=mask if self.compiled else None, logits_to_keep=1)
+        inputs = dict(
+            input_ids=ids, position_ids=places[None], use_cache=True, logits_to_keep=1,
+            past_key_values=self.cache, cache_params=self.cache, attention_mask=mask)
         inputs = {name: x for name, x in inputs.items() if name in self.takes}
         self.token.copy_(self.model(**inputs).logits[:, -1:].argmax(-1))
 
@@ -809,7 +817,7 @@ class Decoder:
 
     def step(self) -> None:
         self.mask.index_fill_(3, self.position, 0)
-        self.advance(self.token, self.position, self.mask)
+        self.advance(self.token, self.position, self.mask if self.compiled else None)
         self.position += 1
 
     def rewind(self) -> None:
@@ -829,10 +837,7 @@ class Decoder:
         prefilled = now()
         for _ in range(steps):
             self.step()
-        end = now()
-        if self.token.is_cuda and not self.compiled:
-            self.peaks.append(torch.cuda.max_memory_allocated())
-        return prefilled - start, end - prefilled
+        return prefilled - start, now() - prefilled
 
 # %%
 @torch.no_grad()
@@ -865,7 +870,8 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
         first = first or dict(
             ttft_s=summarize([prefill for prefill, _ in runs]),
             latency_s=summarize([sum(run) for run in runs]),
-            peak_memory_bytes=max(decoder.peaks, default=None))
+            peak_memory_bytes=max(
+                decoder.peaks, default=torch.cuda.max_memory_allocated()) or None)
         preparing.append(decoder.seconds)
         itl = [seconds / steps for _, seconds in runs]
         layers = decoder.cache if compiled else decoder.cache.layers
@@ -913,14 +919,13 @@ MAY_DIFFER = "--variants", "--output-dir", "--fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     """Return the head of results.json: all that shapes a figure."""
-    options, folder = lab.options, lab.model_folder
+    options, prompts = lab.options, [ids.tolist() for ids in lab.prompts]
     is_local, chats = find_path(options.model), find_path(options.calibration_data)
-    inputs = dict(model_files=fingerprint(hash_files(folder)),
+    inputs = dict(model_files=fingerprint(hash_files(lab.model_folder)),
                   eval_tokens=fingerprint(lab.windows.tolist()),
                   window_begin=lab.tokenizer.decode(lab.begin),
-                  chats=chats and fingerprint(hash_files(chats)),
-                  prompts_in_the_chat_template=fingerprint(
-                      [ids.tolist() for ids in lab.prompts]))
+                  prompts_in_the_chat_template=fingerprint(prompts),
+                  chats=chats and fingerprint(hash_files(chats)))
     recipes = dict.fromkeys(VARIANTS)
     for label in VARIANTS:
         with contextlib.suppress(Exception):  # Its row will fail for the same reason.
@@ -929,18 +934,20 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     for package in ("torch", "transformers", "llmcompressor", "compressed_tensors",
                     "accelerate", "datasets", "tokenizers", "safetensors"):
         versions[package] = importlib.metadata.version(package)
+    name = lab.model_folder.resolve().name if is_local else options.model
     head = dict(
-        schema=SCHEMA, command=["python", "quant_lab.py", *words],
-        base_model=None if is_local else options.model,
-        model_name=folder.resolve().name if is_local else options.model,
+        schema=SCHEMA, command=["python", "quant_lab.py", *words], model_name=name,
+        base_model=None if is_local else name, machine=describe_machine(lab.device),
         config=json.loads(json.dumps(asdict(options))), inputs=inputs, recipes=recipes,
-        machine=describe_machine(lab.device), versions=versions)
+        versions=versions)
     return head | dict(fingerprint=fingerprint(SCHEMA, list_conditions(head)))
 
-def list_conditions(head: dict) -> dict:
-    """Return what must not differ in a folder, by the name that a refusal gives it."""
-    config = {f"--{name.replace('_', '-')}": x for name, x in head["config"].items()}
-    conditions = config | head["inputs"] | head["machine"] | head["versions"]
+def list_conditions(head: dict, labels=()) -> dict:
+    """Return what must not differ in a folder with rows of these labels, by name."""
+    conditions = {"--" + name.replace("_", "-"): x
+                  for name, x in head["config"].items()}
+    conditions |= head["inputs"] | head["machine"] | head["versions"]
+    conditions |= {f"recipe of {label}": head["recipes"].get(label) for label in labels}
     return {name: x for name, x in conditions.items() if name not in MAY_DIFFER}
 
 def take_over(output: Path, head: dict) -> dict[str, dict]:
@@ -952,10 +959,8 @@ def take_over(output: Path, head: dict) -> dict[str, dict]:
     if before.get("schema") != SCHEMA:
         stop(f"--output-dir {output}: old or broken results.json; {way_out} it")
     rows = {row["label"]: row for row in before["variants"] if row["status"] == "ok"}
-    old, new = list_conditions(before), list_conditions(head)
-    for label in rows.keys() & head["recipes"].keys():
-        name = f"recipe of {label}"
-        old[name], new[name] = before["recipes"][label], head["recipes"][label]
+    labels = rows.keys() & VARIANTS.keys()
+    old, new = list_conditions(before, labels), list_conditions(head, labels)
     for name in new if rows else ():
         if old.get(name) != new[name]:
             stop(f"--output-dir {output}: its finished rows were measured with {name} "
@@ -964,20 +969,19 @@ def take_over(output: Path, head: dict) -> dict[str, dict]:
 
 # %%
 def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
-    """Say how the weights run: those that are not packed, then routes by phase."""
+    """Say how the weights run: what of them not packed, then routes by phase."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)
               and (m.kind != "dense" or label == BASELINE)]  # lm_head says nothing.
-    short, parts = DTYPES[options.dtype], model.unpacked
     if not packed:
-        return "; ".join(parts) or short
+        return " · ".join(model.unpacked) or DTYPES[options.dtype]
     phases = dict(prefill=prompt_tokens, decode=1)
     phases |= {f"batch {n}": n for n in options.batch_sizes[1:]}
     phases_by_routes = {}
     for phase, tokens in phases.items():
         routes = " and ".join(sorted({m.describe_route(tokens) for m in packed}))
         phases_by_routes.setdefault(routes, []).append(phase)
-    return " · ".join(parts + [f"{', '.join(phases)} {routes}"
-                               for routes, phases in phases_by_routes.items()])
+    return " · ".join(model.unpacked + [f"{', '.join(phases)} {routes}"
+                                        for routes, phases in phases_by_routes.items()])
 
 def time_variant(label, output, prompts: Tensor, options, device, compiled) -> dict:
     with libraries_to(output / "log.txt"):
@@ -985,14 +989,14 @@ def time_variant(label, output, prompts: Tensor, options, device, compiled) -> d
         speed = measure_speed(model, prompts.to(device), options, compiled)
     return speed | dict(runs_as=name_routes(label, model, prompts.shape[1], options))
 
-def benchmark_speed(label: str, lab: SimpleNamespace) -> dict:
+def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
     """Return speed and memory of a checkpoint: compiled, else not, else the reason."""
     options, cuda, reasons = lab.options, lab.device.type == "cuda", []
     length = min(512, lab.context - options.new_tokens)  # A shorter text is repeated.
     ids, count = lab.windows[:, lab.unscored :].flatten(), max(options.batch_sizes)
     prompts = ids[torch.arange(length * count) % len(ids)].view(count, length)
     time_it = partial(time_variant, label, lab.output, prompts, options, lab.device)
-    can_compile = cuda and options.execution == "packed" and not options.no_compile
+    can_compile = cuda and packs and not options.no_compile
     for compiled in (True, False) if can_compile else (False,):
         apart = compiled and not IN_NOTEBOOK
         how = "compiled" if compiled else "not compiled"
@@ -1041,10 +1045,10 @@ def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> di
             row["load_seconds"] = now() - begin
             row |= measure_quality(model, lab)
             row["weights_memory_bytes"] = held_bytes(model)
-            model = None  # Two may not fit.
+            packs, model = model.packs, None  # Two may not fit.
             free_memory()
             say("timing")
-            row |= benchmark_speed(label, lab) | dict(status="ok")
+            row |= benchmark_speed(label, lab, packs) | dict(status="ok")
         except Exception as error:
             tip = f"; {steps[-1]}: less --window, --calibration-length, smaller --model"
             row["error"] = describe(error) + (tip if lacks_memory(error) else "")
@@ -1066,20 +1070,22 @@ lose the thread. Batches and prefill stand in the tables, and often rank the for
 otherwise: read the column that is like your traffic.
 
 The verdict names a variant best where its range, widened by 1 %, shares no value with
-another's, else several. All runs of a row follow each other: the range shows the jitter
-of one process, not what another day or a warm GPU would add."""
+another's, else several. By KLD they are compared window by window, as all score the
+same tokens: the interval of the difference decides, which is narrower than either's
+own. All runs of a row follow each other: the range shows the jitter of one process, not
+what another day or a warm GPU would add."""
 
 # %%
 # Title, key (after @, of a batch size), digits, unit if not 1.
 QUALITY = (
-    ("MB", "weight_bytes", 1, 1e-6), ("size", "size_ratio", 3),
-    ("perplexity", "perplexity_interval", 2), ("ratio", "perplexity_ratio", 4),
-    ("KLD", "kld", 5), ("top-1 %", "top1_agreement", 1), ("tokens", "divergence", 0))
+    ("MB", "weight_bytes", 1, 1e-6), ("perplexity", "perplexity_interval", 2),
+    ("ratio", "perplexity_ratio", 4), ("KLD", "kld", 5),
+    ("top-1 %", "top1_agreement", 1), ("tokens", "divergence", 0))
 SPEED = (
     ("TTFT ms", "ttft_s", 1, 1000), ("latency s", "latency_s", 3),
     ("tokens/s", "decode_tok_s", 1), ("bandwidth %", "bandwidth_fraction@1", 0, 100))
 COST = (
-    ("weights MB", "weights_memory_bytes", 1, 1e-6),
+    ("size", "size_ratio", 3), ("weights MB", "weights_memory_bytes", 1, 1e-6),
     ("peak MB", "peak_memory_bytes", 1, 1e-6), ("quantize s", "quantize_seconds", 1),
     ("load s", "load_seconds", 1), ("compile s", "compile_seconds", 1))
 
@@ -1099,7 +1105,9 @@ def is_noisy(figure) -> bool:
 def format_figure(value: float | dict, digits: int, unit: float = 1) -> str:
     """Write a figure; of a noisy timing, which cannot be ranked, only its range."""
     if not isinstance(value, dict):
-        return f"{unit * value:,.{digits if abs(unit * value) < 1000 else 0}f}"
+        value *= unit
+        return f"{value:.1e}" if abs(value) > 1e8 else (
+            f"{value:,.{digits if abs(value) < 1000 else 0}f}")
     write = partial(format_figure, digits=digits, unit=unit)
     middle, low, high = list(value.values())[:3]  # All figures begin with these.
     if low is None:
@@ -1107,7 +1115,7 @@ def format_figure(value: float | dict, digits: int, unit: float = 1) -> str:
     ends = f"{write(low)}–{write(high)}"
     if is_noisy(value):
         return f"{ends} noisy"
-    if "min" in value or abs(high + low - 2 * middle) > 0.1 * (high - low):
+    if "min" in value or abs(high + low - 2 * middle) > 0.25 * (high - low):
         return f"{write(middle)} ({ends})"
     return f"{write(middle)} ± {write((high - low) / 2)}"
 
@@ -1172,10 +1180,10 @@ def render_result(label: str, results: dict) -> str:
         return fill(f"{label} failed: {quote(row['error'])}")
     shown = [row] if row is base or base["status"] != "ok" else [base, row]
     lines = [["", *(one["label"] for one in shown), "ratio"]]
-    for column in (QUALITY[0], QUALITY[2], QUALITY[4], SPEED[2], COST[0]):
+    for column in (QUALITY[0], QUALITY[1], QUALITY[3], SPEED[2], COST[1]):
         _, ratio = relate(row, base, column[1])
         lines.append([column[0], *(render_cell(one, column) for one in shown), ratio])
-    lines[2][-1] = render_cell(row, QUALITY[3])  # Paired with the reference: narrow.
+    lines[2][-1] = render_cell(row, QUALITY[2])  # Paired with the reference: narrow.
     return "\n\n".join([align_table(lines), fill(f"Runs as: {row['runs_as']}"),
                         render_completions(shown, 0)])
 
@@ -1219,8 +1227,8 @@ def render_verdict(rows: list[dict]) -> str:
         if row["error"]:
             lines.append(f"{label} failed: {quote(row['error'])}")
         elif label != BASELINE or row["kld"]["mean"]:  # Else nothing differs.
-            line = (f"{label} multiplies perplexity by {render_cell(row, QUALITY[3])}; "
-                    f"KLD {render_cell(row, QUALITY[4])}")
+            line = (f"{label} multiplies perplexity by {render_cell(row, QUALITY[2])}; "
+                    f"KLD {render_cell(row, QUALITY[3])}")
             if ratio["low"] is None:
                 line += "; too few windows, no difference can be claimed"
             elif ratio["low"] <= 1 <= ratio["high"]:
@@ -1238,8 +1246,18 @@ and writes the report. What is measured, and how, was said above.
 
 ## Fitting recipes to a model
 
-llmcompressor names the norms that SmoothQuant smooths, and the Linears that read them,
-by the model's class. For some classes that changes the model: another norm feeds these
+*Groups* of int4 weights share a scale: 128 inputs where that divides every width, else
+64 or 32 (SmolLM2 is 576 wide). A scale has 16 bits, so a weight takes 4.125, 4.25 or
+4.5 bits; the smaller the group, the closer its scale fits.
+
+*Experts*: llmcompressor takes the experts of a layer apart into Linears and writes each
+under its name. transformers stacks them again when it loads, unpacks them to 16 bits on
+the way, and leaves out the rounding of their activations. FP8 and W4A16 come back like
+that, and `runs_as` says how many weights stayed packed. Of W8A8 it finds no weights, of
+Mixtral or Granite no names: such a row fails here, before calibration, not after it.
+
+*Smoothing*: llmcompressor names the norms to smooth, and the Linears that read them, by
+the model's class. For some classes that changes the model: another norm feeds these
 Linears, or a router reads the norm, too. Here one sample runs through the model, and
 each function that reads the output of a norm is noted. A norm is smoothed if all its
 readers are Linears that get quantized. Then the same sample proves that smoothing alone
@@ -1256,32 +1274,33 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
     from compressed_tensors.utils import match_named_modules
     from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    loads = str([conversion.source_patterns for conversion in
-                 get_checkpoint_conversion_mapping(model.config.model_type) or ()])
-    for modifier in recipe:
-        config = getattr(modifier, "resolved_config", None)
-        for scheme in config.config_groups.values() if config else ():
-            weights = scheme.weights
-            is_int8 = weights.type == "int" and scheme.input_activations
+    loads = get_checkpoint_conversion_mapping(model.config.model_type) or ()
+    loads = str([conversion.source_patterns for conversion in loads])
+    quantizers = [m for m in recipe if hasattr(m, "resolved_config")]
+    for modifier in quantizers:
+        groups = modifier.resolved_config.config_groups
+        for scheme in groups.values():
+            weights, activations = scheme.weights, scheme.input_activations
+            unknown = "experts.*.down_proj" not in loads
             if get_non_linearized_moes(model) and (
-                    is_int8 or "experts.*.down_proj" not in loads):
+                    unknown or weights.type == "int" and activations):
                 raise ValueError("transformers loads no experts of this model in this "
                                  "format: it does not know their names, or W8A8")
             if not weights or weights.strategy != "group" or weights.group_size != 128:
                 continue
-            widths = sorted({linear.in_features for _, linear in match_named_modules(
-                model, scheme.targets, modifier.ignore)})
+            targets = match_named_modules(model, scheme.targets, modifier.ignore)
+            widths = sorted({linear.in_features for _, linear in targets})
             sizes = [options.group_size] if options.group_size else GROUPS
             fits = [n for n in sizes if not any(width % n for width in widths)]
             if not fits:
-                raise ValueError(f"no group of {sizes} divides each of the widths "
-                                 f"{widths}: take FP8 or W8A8")
+                raise ValueError(f"no group of {sizes} divides each width of {widths}: "
+                                 "take FP8 or W8A8")
             row["group_size"] = weights.group_size = fits[0]
-            modifier.config_groups, modifier.scheme = config.config_groups, None
+            modifier.config_groups, modifier.scheme = groups, None
             if odd := [width for width in widths if width % 128]:
-                row["notes"].append(f"groups of {fits[0]}: 128 does not divide the "
-                                    f"width {odd[0]}")
+                row["notes"] += [f"groups of {fits[0]}: 128 does not divide {odd[0]}"]
 
+# %%
 class Reading(TorchFunctionMode):
     """Compute in float32; note who reads what modules with a weight [n] put out."""
     def __init__(self):
@@ -1317,6 +1336,7 @@ def find_pairs(model, reading: Reading) -> list:
             pairs.append([sorted(readers), names[norm]])
     return pairs
 
+# %%
 @contextlib.contextmanager
 def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
     """Set what SmoothQuant smooths; prove that what is smoothed within is the same."""
@@ -1368,6 +1388,11 @@ format, GPU and number of tokens it takes one of these routes, and `runs_as` nam
 - **Dequantized** otherwise: a 16-bit copy, one layer at a time. Activations are rounded
   per token as compressed-tensors does it: on a CPU the logits equal the emulated ones.
 
+A model with any other format (static or no rounding of activations, scales by blocks
+or of whole tensors, zero points) is unpacked to 16 bits once, and compressed-tensors
+rounds for it: quality is that of the format, memory and speed are not, and its row says
+so.
+
 A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8, or
 eight INT4 to an int32. Its scale is [outputs, groups], one group unless INT4. A word of
 a checkpoint's INT4 holds eight neighbours, the first in its lowest bits; here the n
@@ -1399,19 +1424,17 @@ def place_model(folder: Path, options: Options, device: torch.device):
     model.unpacked = [] if len(quantized) == wanted else [
         f"{len(quantized)} of {wanted} quantized weights run packed, the others, of "
         f"experts, in {short} without rounding of their activations"]
-    packs = options.execution == "packed" and all(map(find_kind, quantized))
-    if quantized:
-        model.ct_decompress_hook.remove()  # It would unpack the model when it first runs.
-    if quantized and not packs:
-        model.unpacked += [f"emulated: weights unpacked to {short}, activations rounded "
-                           "by compressed-tensors"]
+    model.packs = options.execution == "packed" and all(map(find_kind, quantized))
+    if quantized and not model.packs:
+        model.unpacked += [f"emulated: weights unpacked to {short}, activations "
+                           "rounded by compressed-tensors"]
         model.hf_quantizer.compressor.decompress_model(model)
         for module in quantized:
             module.forward = partial(forward_rows, module.forward)
     for parameter in model.parameters():
-        if parameter.dtype == torch.bfloat16:  # Some formats, and experts, unpack to it.
+        if parameter.dtype == torch.bfloat16:  # Experts, and some formats, unpack so.
             parameter.data = parameter.data.to(dtype)
-    if packs:
+    if model.packs:
         cuda = device.type == "cuda"
         pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
     return model
@@ -1421,6 +1444,7 @@ def forward_rows(forward: Callable, x: Tensor) -> Tensor:
     one scale for all tokens where its format has one per token."""
     return forward(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
+# %%
 def round_e4m3(x: Tensor) -> Tensor:
     """Return x, within ±448, rounded to the nearest FP8 E4M3 value, ties to even."""
     power = (x.float().view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -1470,16 +1494,12 @@ class PackedLinear(torch.nn.Module):
         return Route.TENSOR_CORES if fits and has_cores else Route.DEQUANTIZED
 
     def describe_route(self, tokens: int) -> str:
-        route, kind, dense = self.choose_route(tokens), self.kind, self.scale is None
-        short = DTYPES[str((self.weight if dense else self.scale).dtype)[6:]]
-        total = "int32" if kind == "int8" else "fp32"
-        why = "a CPU" if self.sm == (0, 0) else "PyTorch multiplies no int4"
-        if kind in ("int8", "fp8") and self.sm > (0, 0):
-            major, minor = TENSOR_CORES_FROM[kind]
-            why = f"needs SM {major}.{minor}, Triton for one token, widths in 16s"
-        return {Route.REGISTERS: f"{short if dense else kind}→{total} in registers",
-                Route.DENSE: short, Route.TENSOR_CORES: f"{kind} tensor cores",
-                Route.DEQUANTIZED: f"dequantized to {short} ({why})"}[route]
+        dtype = (self.weight if self.scale is None else self.scale).dtype
+        short = DTYPES[str(dtype)[6:]]
+        kind = short if self.kind == "dense" else self.kind
+        return {Route.REGISTERS: f"{kind} in registers", Route.DENSE: short,
+                Route.TENSOR_CORES: f"{kind} tensor cores",
+                Route.DEQUANTIZED: f"dequantized to {short}"}[self.choose_route(tokens)]
 
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype, kind, x_scale = x.shape, x.dtype, self.kind, None
@@ -1555,8 +1575,11 @@ def pack_linear(linear: torch.nn.Module, sm: tuple[int, int]) -> PackedLinear:
         weight = linear.weight.view(torch.int8)
     return PackedLinear(kind, weight, scale, linear.bias, sm)
 
+# %%
 def pack_model(model, sm: tuple[int, int]) -> None:
     """Pack each quantized Linear, on a GPU all, and fuse those with the same input."""
+    if hook := getattr(model, "ct_decompress_hook", None):
+        hook.remove()  # It would unpack all when the model first runs.
     for name, module in list(model.named_modules()):
         dense = sm > (0, 0) and isinstance(module, torch.nn.Linear)
         if dense or getattr(module, "quantization_scheme", None):
@@ -1844,7 +1867,9 @@ def describe(error: BaseException) -> str:
     """Return the root cause of an exception, on one line of at most 200 characters."""
     while error.__cause__ and type(error.__cause__).__name__ != "_RemoteTraceback":
         error = error.__cause__
-    text = one_line(f"{type(error).__name__}: {error}").rstrip(". ")
+    says_it = isinstance(error, (ValueError, OSError)) and str(error)
+    text = str(error) if says_it else f"{type(error).__name__}: {error}"
+    text = one_line(text).rstrip(". ")
     return textwrap.shorten(text, 200, placeholder=" ...")
 
 @contextlib.contextmanager
@@ -2019,7 +2044,7 @@ def draw_summary(results: dict):
               "tokens/s, one sequence": "tok_s@1"}
     if batch > 1:
         series[f"tokens/s, batch of {batch}"] = f"tok_s@{batch}"
-    y = [f"{row['label']}\nperplexity × {render_cell(row, QUALITY[3])}" for row in rows]
+    y = [f"{row['label']}\nperplexity × {render_cell(row, QUALITY[2])}" for row in rows]
     figure = Figure(figsize=(13, 2.5 + 0.6 * len(rows)), layout="constrained")
     panels = figure.subplots(1, len(series), sharey=True)
     for axes, (title, key) in zip(panels, series.items()):
@@ -2050,7 +2075,8 @@ def render_model_card(row: dict, results: dict) -> str:
 
 def collect_results(lab: SimpleNamespace) -> dict:
     """Return the content of results.json."""
-    rows = [lab.rows[label].copy() for label in VARIANTS if label in lab.rows]
+    labels = [label for label in VARIANTS | lab.rows if label in lab.rows]
+    rows = [lab.rows[label].copy() for label in labels]
     base = lab.rows.get(BASELINE, ROW)["weight_bytes"]
     for row in rows:
         row["size_ratio"] = row["weight_bytes"] and base and row["weight_bytes"] / base

@@ -66,3 +66,47 @@ def check_rows(rows, folder, texts):
         assert row["kld"]["mean"] == pytest.approx(kld, rel=2e-3, abs=2e-3), label
         if row["smoothing"]:
             assert row["smoothing"]["kld"] < 1e-3
+
+
+@pytest.fixture
+def untimed(monkeypatch, quick_collection):
+    """Leave out what other tests look at: timing, and what is rendered."""
+    monkeypatch.setattr(quant_lab, "benchmark_speed", lambda *_: {"runs_as": "untimed"})
+    monkeypatch.setattr(quant_lab, "write_outputs", lambda lab: None)
+
+
+# Readers of one norm in parallel, norms before and after, 1 + weight, no norm that only
+# Linears read, LayerNorm, two-dimensional inputs, convolutions, experts, soft caps, sinks.
+MANY = ["phi", "gemma2", "gemma3_text", "olmo2", "nemotron", "opt", "lfm2", "olmoe", "gpt_oss"]
+ALL = [pytest.param(name, marks=[] if name in MANY else pytest.mark.slow)
+       for name in architectures.ARCHITECTURES]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_figures_are_those_of_plain_transformers(name, tmp_path, texts, untimed):
+    """Measure baseline, FP8, W4A16 and W8A8; a row is right or says why it is not there."""
+    rows = run_lab(name, tmp_path, texts)
+    check_rows(rows, tmp_path, texts)
+    fp8, w8a8 = rows[LABELS[1]], rows[LABELS[3]]
+    if w8a8["status"] == "ok":
+        assert w8a8["kld"]["mean"] < fp8["kld"]["mean"], "more than rounding did that"
+
+
+@pytest.mark.parametrize("name, pairs", [
+    ("qwen2", 4), ("phi", 2), ("gemma3_text", 4), ("opt", 4), ("olmo2", 0), ("nemotron", 0)])
+def test_norms_that_only_linears_read_are_smoothed(name, pairs, tmp_path, texts, untimed):
+    row = run_lab(name, tmp_path, texts, "--variants", "w8a8", "--dtype", "float32")[LABELS[3]]
+    assert row["smoothing"]["pairs"] == pairs and row["smoothing"]["kld"] < 1e-6
+    if name == "phi":  # Attention and MLP read the same norm.
+        recipe = (tmp_path / "out" / row["checkpoint"] / "recipe.yaml").read_text()
+        assert all(part in recipe for part in ("q_proj", "k_proj", "v_proj", "fc1"))
+
+
+def test_smoothing_that_changes_the_model_fails_the_row(tmp_path, texts, untimed, monkeypatch):
+    """Leave one reader of Phi's norm unbalanced, as llmcompressor's own mapping does."""
+    find = quant_lab.find_pairs
+    monkeypatch.setattr(quant_lab, "find_pairs", lambda *parts: [
+        [[name for name in names if "fc1" not in name], norm] for names, norm in find(*parts)])
+    row = run_lab("phi", tmp_path, texts, "--variants", "w8a8")[LABELS[3]]
+    assert row["status"] == "failed" and "smoothing changed the model" in row["error"]
+    assert row["perplexity"] is None and not (tmp_path / "out" / "checkpoints" / LABELS[3]).exists()

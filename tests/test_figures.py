@@ -253,23 +253,23 @@ def greedy(model, tokenizer, prompt, steps):
 
 def test_completions_are_plain_greedy_whatever_the_model_prefers(small):
     """Let none of the small model's sampling and repetition penalty leak in."""
-    lab = place_lab(small, torch.arange(64), window=64)
+    lab = place_lab(small, torch.arange(64), window=64, new_tokens=12)
     model = load_emulated(small, "float32")
     assert model.generation_config.do_sample and model.generation_config.temperature < 1
     assert model.generation_config.repetition_penalty > 1
-    found = quant_lab.complete_prompts(model, lab.prompts, lab.tokenizer, 12)
+    found = quant_lab.complete_prompts(model, lab)
     assert found == [greedy(model, lab.tokenizer, p, 12) for p in quant_lab.PROMPTS]
     assert len(set(map(tuple, found))) > 1 and max(map(len, found)) == 12
 
 
 def test_a_completion_ends_where_the_model_says(small):
     """Take the third token that comes as the end, and a list of ends as Qwen has it."""
-    lab = place_lab(small, torch.arange(64), window=64)
+    lab = place_lab(small, torch.arange(64), window=64, new_tokens=12)
     model = load_emulated(small, "float32")
     end = greedy(model, lab.tokenizer, quant_lab.PROMPTS[0], 3)[2]
     for ends in (end, [lab.tokenizer.eos_token_id, end]):
         model.generation_config.eos_token_id = ends
-        found = quant_lab.complete_prompts(model, lab.prompts, lab.tokenizer, 12)[0]
+        found = quant_lab.complete_prompts(model, lab)[0]
         assert found[-1] == end and len(found) <= 3 and end not in found[:-1]
 
 
@@ -639,7 +639,8 @@ def test_tiny_model_fits_and_has_the_shape_it_should():
 
 
 @pytest.mark.parametrize("value, text", [
-    (dict(value=1.35, low=1.01, high=1.80), "1.35 (1.01–1.80)"),
+    (dict(value=1.35, low=1.01, high=1.80), "1.35 ± 0.40"),
+    (dict(value=1.20, low=1.01, high=1.80), "1.20 (1.01–1.80)"),
     (dict(mean=20.0, low=0.0, high=41.4), "20.00 ± 20.70"),
     (dict(mean=3.0, low=0.0, high=41.4), "3.00 (0.00–41.40)"),
     (dict(value=1.0, low=0.9, high=1.1), "1.00 ± 0.10"),

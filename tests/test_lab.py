@@ -344,9 +344,9 @@ def test_reference_and_variants_see_the_same_prompts(lab, dated, monkeypatch):
     """The day changes each time that the template is rendered."""
     real, seen = quant_lab.complete_prompts, []
 
-    def note(model, prompts, *others):
-        seen.append([ids.tolist() for ids in prompts])
-        return real(model, prompts, *others)
+    def note(model, lab):
+        seen.append([ids.tolist() for ids in lab.prompts])
+        return real(model, lab)
 
     monkeypatch.setattr(quant_lab, "complete_prompts", note)
     dated.clock.step = 1
@@ -574,7 +574,7 @@ def test_the_largest_group_that_divides_all_widths(
     assert row["group_size"] == size and base["group_size"] is None
     check_plainly(row, model, build.output / row["checkpoint"], texts)
     verdict = " ".join(quant_lab.render_verdict([base, row]).split())
-    said = f"groups of {size}: 128 does not divide the width {hidden}" in verdict
+    said = f"groups of {size}: 128 does not divide {hidden}" in verdict
     assert said == (hidden < 128)
     config = read_strict(build.output / row["checkpoint"] / "config.json")
     group, = config["quantization_config"]["config_groups"].values()

@@ -456,7 +456,7 @@ def test_the_verdict_says_what_to_beware_of(calm):
     assert "MemoryError: scoring did not fit" in find_lines(rows, INT8)
     before = quant_lab.render_verdict(rows)
     assert "--dampening" not in before and "warning" not in before
-    int4["notes"] = ["groups of 32: 128 does not divide the width 96", "9 stay 16-bit"]
+    int4["notes"] = ["groups of 32: 128 does not divide 96", "9 stay 16-bit"]
     for note in int4["notes"]:
         assert note in find_lines(rows, INT4) and note not in find_lines(rows, FP8)
     int4["rtn_fallbacks"], base["kld"]["mean"] = 17, 0.5
