@@ -328,7 +328,8 @@ def find_obstacle(folder: Path) -> str | None:
             ("adapter_config.json" in names, "is a LoRA adapter: merge it into its "
              "model (PEFT: merge_and_unload) and give that"),
             ("modules.json" in names, "is an embedding model, it writes no text"),
-            ("quantization_config" in config, "is quantized already; give its source"),
+            ("quantization_config" in config,
+             "is quantized already, give the original"),
             (".gguf" in names and not whole, "is GGUF, give what it was made from"),
             (not config, "has no config.json (of GGUF, give what it was made from)"),
             (kind and kind not in str(known), f"is {kind}, which is no causal LM"),
