@@ -932,8 +932,8 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
         with contextlib.suppress(Exception):  # Its row will fail for the same reason.
             recipes[label] = repr(build_recipe(label, options))
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
-    for package in ("torch", "transformers", "llmcompressor", "compressed_tensors",
-                    "accelerate", "datasets", "tokenizers", "safetensors"):
+    for package in ("torch transformers llmcompressor compressed_tensors accelerate "
+                    "datasets tokenizers safetensors").split():
         versions[package] = importlib.metadata.version(package)
     name = lab.model_folder.resolve().name if is_local else options.model
     head = dict(
@@ -1350,14 +1350,17 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
     def read(reading: Reading) -> Tensor:
         hook = torch.nn.modules.module.register_module_forward_hook(reading.note_output)
         with torch.no_grad(), DisableQuantization(model), reading, hook:
-            return model(input_ids=ids, use_cache=False).logits.cpu().log_softmax(-1)
+            logits = model(input_ids=ids, use_cache=False).logits
+            return logits.double().log_softmax(-1).cpu()
 
     def prove(modifiers, **named):
         if smoother not in modifiers:  # It is done, and quantizing comes next.
             after = read(Reading())
             kld = (before.exp() * (before - after)).sum(-1).mean().item()
-            pairs = getattr(smoother, "resolved_mappings_", None) or ()
+            pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
+            pairs = smoother._resolved_mappings if pairs is None else pairs
             row["smoothing"] = dict(pairs=len(pairs), kld=max(kld, 0.0))
+            row["notes"] += [] if pairs else ["no norm that only Linears read to smooth"]
             if not kld <= SMOOTHING_LIMIT:
                 raise ValueError(f"smoothing changed the model: a KLD of {kld:.4f}")
         return choose(modifiers, **named)
