@@ -217,7 +217,8 @@ def read_words() -> list[str]:
 def find_label(word: str) -> str:
     """Return the label that a word is a part of: of the default ones, else of all."""
     for labels in ([word], DEFAULT, VARIANTS):
-        matches = [label for label in labels if word in label and label in VARIANTS]
+        matches = [label for label in labels
+                   if word.lower() in label and label in VARIANTS]
         if len(matches) == 1:
             return matches[0]
     stop(f"--variants {word!r}: no label, nor a part of just one; choose from all, "
@@ -328,11 +329,11 @@ def find_obstacle(folder: Path) -> str | None:
             ("adapter_config.json" in names, "is a LoRA adapter: merge it into its "
              "model (PEFT: merge_and_unload) and give that"),
             ("modules.json" in names, "is an embedding model, it writes no text"),
-            ("quantization_config" in config,
+            (config.get("quantization_config"),
              "is quantized already, give the original"),
             (".gguf" in names and not whole, "is GGUF, give what it was made from"),
             (not config, "has no config.json (of GGUF, give what it was made from)"),
-            (kind and kind not in str(known), f"is {kind}, which is no causal LM"),
+            (kind and kind not in str(known), f"is {kind}, no known causal LM"),
             (not whole, "has no safetensors: load it, save_pretrained, and give that")):
         if holds:
             return obstacle
@@ -360,7 +361,7 @@ def open_model(options: Options) -> tuple[Path, object, int]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False)
         if options.plain_text:  # Turns without roles, begun as the tokenizer does.
-            begin = "{{ bos_token }}" if list_specials(tokenizer) else ""
+            begin = tokenizer.decode(list_specials(tokenizer))
             turns = "{{ messages | map(attribute='content') | join('\n') }}"
             tokenizer.chat_template = begin + turns
         if not tokenizer("word").input_ids or not tokenizer.chat_template:
@@ -389,11 +390,11 @@ def fetch_column(files: str, column: str, rows: int | None = None) -> list:
 # %%
 def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
     """Return a chat's format and its turns, or text as it is; ValueError if unknown."""
-    keys = [*entry] if isinstance(entry, dict) else [f"a {type(entry).__name__}"]
+    keys = [*entry] if isinstance(entry, dict) else [f"type {type(entry).__name__}"]
     forms = ("messages", "conversations", "prompt completion", "text")
     form = next((form for form in forms if {*form.split()} <= {*keys}), None)
     if not form or form == "text" and not entry["text"].strip():
-        raise ValueError(f"has {', '.join(keys)}, and no chat")
+        raise ValueError(f"has {', '.join(keys) or 'no keys'}, and no chat")
     if form == "text":
         return form, entry["text"]
     chat = []
@@ -427,7 +428,11 @@ def read_chats(file: Path) -> list:
         where = f"{file}, {'entry' if is_array else 'line'} {number}"
         with usable("--calibration-data", where, CHAT_ADVICE):
             if line.strip() or not chats:
-                form, chat = read_chat(json.loads(line))
+                entry = json.loads(line)
+                try:
+                    form, chat = read_chat(entry)
+                except (AttributeError, TypeError):
+                    raise ValueError(f"no chat is in {line[:80]}") from None
                 kinds[form] += 1
                 chats.append(chat)
     print(f"chats        {', '.join(f'{n} of {form}' for form, n in kinds.items())}")
@@ -448,7 +453,10 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
         is_text = isinstance(chat, str)
         render = tokenizer if is_text else tokenizer.apply_chat_template
         try:  # A template may refuse a system turn, or roles in this order.
-            samples.append(render(chat, return_dict=True).input_ids[:length])
+            ids = render(chat, return_dict=True).input_ids[:length]
+            if not ids:
+                raise ValueError("nothing comes of it")
+            samples.append(ids)
         except Exception as error:
             refused[describe(error)] += 1
         if len(samples) == wanted:
@@ -504,7 +512,11 @@ takes its own pass over the calibration chats, layer by layer; the baseline has 
   SmoothQuant or AWQ it includes the proof that smoothing changed nothing.
 
 Where GPTQ cannot invert a layer's matrix, llmcompressor rounds that layer to nearest
-and says so in a line of its log. It is counted, and the verdict warns of it."""
+and says so in a line of its log. It is counted, and the verdict warns of it. What else
+is worth a word stands in the row's `notes`, and the verdict repeats it: groups other
+than of 128, Linears that stay 16-bit, weights that do not run packed. A checkpoint is
+refused if transformers does not read every weight of it again: what it left out, it
+would not measure."""
 
 # %%
 def build_recipe(label: str, options: Options) -> list:
@@ -670,6 +682,10 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     losses = score_text(model, lab.windows, lab.unscored,
                         lambda hidden, _: states.append(hidden.cpu()))
     completions, decoder = complete_prompts(model, lab), find_decoder(model)
+    first, with_next = (decoder(input_ids=lab.windows[:1, :n].to(
+        lab.device), use_cache=False).last_hidden_state[0, 0] for n in (1, 2))
+    if (first - with_next).norm() > 0.1 * first.norm():
+        raise ValueError("a token sees what comes after it: this is no causal LM")
     output = decoder(input_ids=lab.windows[:1, :2].to(lab.device), use_cache=False)
     for part in decoder.children():  # What is left is the head, and what follows it.
         if isinstance(part, torch.nn.ModuleList):
@@ -930,7 +946,7 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     recipes = dict.fromkeys(VARIANTS)
     for label in VARIANTS:
         with contextlib.suppress(Exception):  # Its row will fail for the same reason.
-            recipes[label] = repr(build_recipe(label, options))
+            recipes[label] = repr([build_recipe(label, options), VARIANTS[label][2]])
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
     for package in ("torch transformers llmcompressor compressed_tensors accelerate "
                     "datasets tokenizers safetensors").split():
@@ -962,6 +978,7 @@ def take_over(output: Path, head: dict) -> dict[str, dict]:
     rows = {row["label"]: row for row in before["variants"] if row["status"] == "ok"}
     labels = rows.keys() & VARIANTS.keys()
     old, new = list_conditions(before, labels), list_conditions(head, labels)
+    head["recipes"] = before["recipes"] | head["recipes"]  # Of rows without an entry.
     for name in new if rows else ():
         if old.get(name) != new[name]:
             stop(f"--output-dir {output}: its finished rows were measured with {name} "
@@ -1046,6 +1063,7 @@ def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> di
             row["load_seconds"] = now() - begin
             row |= measure_quality(model, lab)
             row["weights_memory_bytes"] = held_bytes(model)
+            row["notes"] = [*(row["notes"] or ()), *model.unpacked]
             packs, model = model.packs, None  # Two may not fit.
             free_memory()
             say("timing")
@@ -1207,8 +1225,9 @@ def name_closest(rows: list[dict]) -> str:
                for row in rows}
     best = min(windows.values(), key=Tensor.mean)
     gaps = {label: estimate(mine - best)["low"] for label, mine in windows.items()}
-    close = [label for label, low in gaps.items() if low is None or low <= 0]
-    return f"Closest to the reference by KLD: {' or '.join(close)}"
+    close = [label for label, low in gaps.items() if low is not None and low <= 0]
+    close = " or ".join(close) or "unknown, too few windows"
+    return f"Closest to the reference by KLD: {close}"
 
 def list_best(rows: list[dict]) -> list[str]:
     done = [row for row in rows if row["status"] == "ok"]
@@ -1236,6 +1255,8 @@ def render_verdict(rows: list[dict]) -> str:
                 line += "; it cannot be distinguished from the reference in perplexity"
             if count := row["rtn_fallbacks"]:
                 line += f"; warning: {count} modules fell back to rounding: --dampening"
+            if not row["decode"]:
+                line += "; its speed was not measured"
             lines.append("; ".join([line, *row["notes"]]))
     return "\n".join(fill(line, "- ") for line in lines)
 
@@ -1281,12 +1302,11 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
     for modifier in quantizers:
         groups = modifier.resolved_config.config_groups
         for scheme in groups.values():
-            weights, activations = scheme.weights, scheme.input_activations
-            unknown = "experts.*.down_proj" not in loads
-            if get_non_linearized_moes(model) and (
-                    unknown or weights.type == "int" and activations):
-                raise ValueError("transformers loads no experts of this model in this "
-                                 "format: it does not know their names, or W8A8")
+            weights, unknown = scheme.weights, "experts.*.down_proj" not in loads
+            is_int8 = weights.type == "int" and scheme.input_activations
+            if get_non_linearized_moes(model) and (unknown or is_int8):
+                what = "experts of this model" if unknown else "int8 experts"
+                raise ValueError(f"transformers would not load quantized {what} again")
             if not weights or weights.strategy != "group" or weights.group_size != 128:
                 continue
             targets = match_named_modules(model, scheme.targets, modifier.ignore)
@@ -1360,7 +1380,7 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
             pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
             pairs = smoother._resolved_mappings if pairs is None else pairs
             row["smoothing"] = dict(pairs=len(pairs), kld=max(kld, 0.0))
-            row["notes"] += [] if pairs else ["no norm that only Linears read to smooth"]
+            row["notes"] += [] if pairs else ["no norm could be smoothed"]
             if not kld <= SMOOTHING_LIMIT:
                 raise ValueError(f"smoothing changed the model: a KLD of {kld:.4f}")
         return choose(modifiers, **named)
@@ -1421,20 +1441,24 @@ def place_model(folder: Path, options: Options, device: torch.device):
         use_safetensors=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} weights, as {missing[0]}")
+    extra = sorted(report["unexpected_keys"])
     model.eval().to(device)
     quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme")]
     files = map(partial(safe_open, framework="pt"), folder.glob("*.safetensors"))
     wanted = sum(key.endswith(".weight_scale") for file in files for key in file.keys())
-    model.unpacked = [] if len(quantized) == wanted else [
-        f"{len(quantized)} of {wanted} quantized weights run packed, the others, of "
-        f"experts, in {short} without rounding of their activations"]
+    if wanted and extra:  # Of models from elsewhere some are never read.
+        raise ValueError(f"{folder.name}: {len(extra)} weights not read, as {extra[0]}")
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
+    model.unpacked = [] if len(quantized) == wanted else [
+        f"{model.packs * len(quantized)} of {wanted} quantized weights run packed, the "
+        "others, of experts, unpacked through bf16, their activations not rounded"]
     if quantized and not model.packs:
-        model.unpacked += [f"emulated: weights unpacked to {short}, activations "
-                           "rounded by compressed-tensors"]
+        model.unpacked += [f"emulated: weights unpacked to {short}, activations as the "
+                           "format says"]
         model.hf_quantizer.compressor.decompress_model(model)
         for module in quantized:
-            module.forward = partial(forward_rows, module.forward)
+            if isinstance(module, torch.nn.Linear):
+                module.forward = partial(forward_rows, module.forward)
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16:  # Experts, and some formats, unpack so.
             parameter.data = parameter.data.to(dtype)
@@ -1564,7 +1588,7 @@ def find_kind(module: torch.nn.Module) -> str | None:
     return next((kind for kind, those in FORMATS.items() if those == forms), None)
 
 def pack_linear(linear: torch.nn.Module, sm: tuple[int, int]) -> PackedLinear:
-    """Return a PackedLinear of a Linear, which is dense or of one of the KINDS."""
+    """Return a PackedLinear of a Linear, which is dense or of one of FORMATS."""
     kind = find_kind(linear)
     if kind == "dense":
         return PackedLinear("dense", linear.weight, None, linear.bias, sm)
@@ -1791,7 +1815,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **named):
     scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = named.get("sliding_window") or math.inf
     if window < key.shape[2] or named.get("softcap") or named.get("s_aux") is not None:
-        raise ValueError("speed with sliding windows, soft caps, sinks is not measured")
+        raise ValueError("no kernel for sliding windows, soft caps, sinks")
     if query.shape[2] > 1:  # The whole prompt: causal, and no mask.
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     if triton and query.is_cuda and len(key) == 1 and key.shape[3] in (64, 128, 256):
@@ -2059,7 +2083,8 @@ def draw_summary(results: dict):
         axes.set(title=title, xmargin=0.3)
     panels[0].invert_yaxis()  # For all of them: the first row on top.
     name = f"{results['model_name'][-50:]} on {results['machine']['name']}, to baseline"
-    figure.suptitle("\n".join([one_line(name), *list_best(rows)]), parse_math=False)
+    lines = [one_line(name), *list_best(rows)]
+    figure.suptitle("\n".join(map(fill, lines)), parse_math=False)
     return figure
 
 # %%
@@ -2208,7 +2233,8 @@ share no value say that GPTQ did, or did not, earn its minutes."""
 # %%
 if __name__ == "__main__":
     for label in list(VARIANTS)[4:]:
-        run_variant(label, LAB)
+        if label in LAB.rows or label in LAB.options.variants:
+            run_variant(label, LAB)
 
 # %% [markdown]
 """## Summary

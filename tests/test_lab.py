@@ -468,6 +468,18 @@ REQUESTED = {
     "fp8_block": recipe("FP8_BLOCK")}
 
 
+def test_a_row_stays_while_its_entry_is_away(lab, finished, monkeypatch):
+    variant = quant_lab.Variant("FP8_DYNAMIC", quant_lab.VARIANTS[LABELS[1]].recipe)
+    for present in (True, False, True):
+        with monkeypatch.context() as patch:
+            if present:
+                patch.setitem(quant_lab.VARIANTS, "mine", variant)
+            build = lab("--variants", "mine" if present else LABELS[1])
+            quant_lab.run_variant("mine" if present else LABELS[1], build)
+            assert "mine" in build.rows
+    assert [row["label"] for row in read_rows(build.output)][-1] == "mine"
+
+
 def run_words(folder, model, texts, *words):
     """Run the quick lab into a folder; return it, with its rows."""
     lab = quant_lab.set_up([str(word) for word in (
