@@ -1881,7 +1881,8 @@ def record(decoder: Decoder, work: Callable) -> Callable:
 A wrong input ends in one line on stderr that names it and the way out, with exit code
 2. JSON and checkpoints appear in one step, under their name or not at all: whatever
 ends a run, Ctrl-C or a lost machine, the same command goes on after what was finished
-before it. What the libraries print goes to `log.txt`, tracebacks of failed rows too."""
+before it. What the libraries print goes to `log.txt`, tracebacks of failed rows too.
+`--fresh` starts over."""
 
 # %%
 def stop(*lines: str):
