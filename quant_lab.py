@@ -1449,8 +1449,9 @@ def place_model(folder: Path, options: Options, device: torch.device):
     if wanted and extra:  # Of models from elsewhere some are never read.
         raise ValueError(f"{folder.name}: {len(extra)} weights not read, as {extra[0]}")
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
+    packed = len(quantized) if model.packs else 0
     model.unpacked = [] if len(quantized) == wanted else [
-        f"{model.packs * len(quantized)} of {wanted} quantized weights run packed, the "
+        f"{packed} of {wanted} quantized weights run packed, the "
         "others, of experts, unpacked through bf16, their activations not rounded"]
     if quantized and not model.packs:
         model.unpacked += [f"emulated: weights unpacked to {short}, activations as the "
