@@ -31,8 +31,8 @@ import contextlib
 import gc
 import gzip
 import hashlib
-import inspect
 import importlib.metadata
+import inspect
 import json
 import logging
 import math
@@ -67,13 +67,13 @@ from unittest.mock import patch
 import numpy
 import psutil
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.benchmark import Timer
-from safetensors import safe_open
 from tqdm import tqdm
 
 try:
@@ -682,11 +682,11 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     losses = score_text(model, lab.windows, lab.unscored,
                         lambda hidden, _: states.append(hidden.cpu()))
     completions, decoder = complete_prompts(model, lab), find_decoder(model)
-    first, with_next = (decoder(input_ids=lab.windows[:1, :n].to(
-        lab.device), use_cache=False).last_hidden_state[0, 0] for n in (1, 2))
+    ids = lab.windows[:1, :2].to(lab.device)
+    alone, output = (decoder(input_ids=x, use_cache=False) for x in (ids[:, :1], ids))
+    first, with_next = (x.last_hidden_state[0, 0] for x in (alone, output))
     if (first - with_next).norm() > 0.1 * first.norm():
         raise ValueError("a token sees what comes after it: this is no causal LM")
-    output = decoder(input_ids=lab.windows[:1, :2].to(lab.device), use_cache=False)
     for part in decoder.children():  # What is left is the head, and what follows it.
         if isinstance(part, torch.nn.ModuleList):
             del part[:]
@@ -810,10 +810,9 @@ class Decoder:
         self.cache = ([LayerCache(length) for _ in find_decoder(model).layers]
                       if compiled else DynamicCache(config=model.config))
         self.takes = inspect.signature(model.forward).parameters
-        self.initial = deepcopy(self.cache)
+        self.initial = self.cache  # Each run of what is not compiled copies it.
         if compiled or batch > 1:
             self.prefill()  # Uncompiled: it makes the cache.
-            self.initial = self.cache
         self.first = self.token.clone()
         if compiled:  # Graphs from here.
             self.prefill = record(self, self.prefill) if batch == 1 else self.prefill
@@ -927,10 +926,9 @@ where compiling fails, the variant is timed uncompiled, and `runs_as` says that.
 ROW = dict.fromkeys("""
     label status error scheme checkpoint weight_bytes size_ratio quantize_seconds
     rtn_fallbacks group_size smoothing notes perplexity perplexity_interval
-    perplexity_ratio tokens_scored
-    window_losses kld top1_agreement divergence load_seconds compile_seconds
-    weights_memory_bytes peak_memory_bytes ttft_s latency_s decode_tok_s decode
-    copy_bandwidth prompt_tokens runs_as fingerprint""".split())
+    perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
+    load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
+    decode_tok_s decode copy_bandwidth prompt_tokens runs_as fingerprint""".split())
 SCHEMA = 3  # Raised when keys go or measuring changes: older results are refused.
 MAY_DIFFER = "--variants", "--output-dir", "--fresh", "memory_bytes"
 
@@ -944,9 +942,9 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
                   prompts_in_the_chat_template=fingerprint(prompts),
                   chats=chats and fingerprint(hash_files(chats)))
     recipes = dict.fromkeys(VARIANTS)
-    for label in VARIANTS:
+    for label, variant in VARIANTS.items():
         with contextlib.suppress(Exception):  # Its row will fail for the same reason.
-            recipes[label] = repr([build_recipe(label, options), VARIANTS[label][2]])
+            recipes[label] = repr([build_recipe(label, options), variant.calibrated])
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
     for package in ("torch transformers llmcompressor compressed_tensors accelerate "
                     "datasets tokenizers safetensors").split():
@@ -1298,20 +1296,21 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     loads = get_checkpoint_conversion_mapping(model.config.model_type) or ()
     loads = str([conversion.source_patterns for conversion in loads])
-    quantizers = [m for m in recipe if hasattr(m, "resolved_config")]
-    for modifier in quantizers:
+    has_experts = get_non_linearized_moes(model)
+    unknown = "experts.*.down_proj" not in loads
+    sizes = [options.group_size] if options.group_size else GROUPS
+    for modifier in [m for m in recipe if hasattr(m, "resolved_config")]:
         groups = modifier.resolved_config.config_groups
         for scheme in groups.values():
-            weights, unknown = scheme.weights, "experts.*.down_proj" not in loads
-            is_int8 = weights.type == "int" and scheme.input_activations
-            if get_non_linearized_moes(model) and (unknown or is_int8):
+            weights = scheme.weights
+            is_int8 = weights and weights.type == "int" and scheme.input_activations
+            if has_experts and (unknown or is_int8):
                 what = "experts of this model" if unknown else "int8 experts"
                 raise ValueError(f"transformers would not load quantized {what} again")
             if not weights or weights.strategy != "group" or weights.group_size != 128:
                 continue
             targets = match_named_modules(model, scheme.targets, modifier.ignore)
             widths = sorted({linear.in_features for _, linear in targets})
-            sizes = [options.group_size] if options.group_size else GROUPS
             fits = [n for n in sizes if not any(width % n for width in widths)]
             if not fits:
                 raise ValueError(f"no group of {sizes} divides each width of {widths}: "
@@ -1441,11 +1440,11 @@ def place_model(folder: Path, options: Options, device: torch.device):
         use_safetensors=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder.name} lacks {len(missing)} weights, as {missing[0]}")
-    extra = sorted(report["unexpected_keys"])
     model.eval().to(device)
     quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme")]
     files = map(partial(safe_open, framework="pt"), folder.glob("*.safetensors"))
     wanted = sum(key.endswith(".weight_scale") for file in files for key in file.keys())
+    extra = sorted(report["unexpected_keys"])
     if wanted and extra:  # Of models from elsewhere some are never read.
         raise ValueError(f"{folder.name}: {len(extra)} weights not read, as {extra[0]}")
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
