@@ -32,7 +32,6 @@ import gc
 import gzip
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import logging
 import math
@@ -54,7 +53,6 @@ import traceback
 from collections import Counter, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from copy import deepcopy
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
@@ -64,7 +62,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import numpy
 import psutil
 import torch
 from safetensors import safe_open
@@ -390,12 +387,10 @@ def fetch_column(files: str, column: str, rows: int | None = None) -> list:
 # %%
 def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
     """Return a chat's format and its turns, or text as it is; ValueError if unknown."""
-    keys = [*entry] if isinstance(entry, dict) else [f"type {type(entry).__name__}"]
-    forms = ("messages", "conversations", "prompt completion", "text")
-    form = next((form for form in forms if {*form.split()} <= {*keys}), None)
-    if not form or form == "text" and not entry["text"].strip():
-        raise ValueError(f"has {', '.join(keys) or 'no keys'}, and no chat")
-    if form == "text":
+    keys = list(entry) if isinstance(entry, dict) else [type(entry).__name__]
+    forms = "messages", "conversations", "prompt completion", "text"
+    form = next((form for form in forms if set(form.split()) <= set(keys)), "")
+    if form == "text" and entry["text"].strip():
         return form, entry["text"]
     chat = []
     for key in form.split():
@@ -404,15 +399,14 @@ def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
             role = ROLES.get(turn.get("role", turn.get("from")))
             content = turn.get("content", turn.get("value"))
             if isinstance(content, list):
-                texts = [part.get("text") for part in content]
-                content = None if None in texts else "\n".join(texts)
+                content = "\n".join(part["text"] for part in content)
             elif content is None and turn.get("tool_calls"):
                 content = ""
             if role is None or not isinstance(content, str):
                 raise ValueError(f"has a turn of {turn}")
             chat.append(turn | dict(role=role, content=content))
     if not any(turn["content"].strip() for turn in chat):
-        raise ValueError("has no text")
+        raise ValueError(f"has {', '.join(keys) or 'no keys'}, and no chat")
     return form, chat
 
 def read_chats(file: Path) -> list:
@@ -431,7 +425,7 @@ def read_chats(file: Path) -> list:
                 entry = json.loads(line)
                 try:
                     form, chat = read_chat(entry)
-                except (AttributeError, TypeError):
+                except (AttributeError, KeyError, TypeError):
                     raise ValueError(f"no chat is in {line[:80]}") from None
                 kinds[form] += 1
                 chats.append(chat)
@@ -529,7 +523,8 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     from datasets import Dataset
     from llmcompressor import oneshot
     variant, folder = VARIANTS[label], lab.output / "checkpoints" / label
-    unfinished, row, seconds = folder.with_suffix(".partial"), dict(notes=[]), 0.0
+    unfinished, seconds = folder.with_suffix(".partial"), 0.0
+    row = dict(notes=[])
     shutil.rmtree(unfinished, ignore_errors=True)
     chats = Dataset.from_dict(lab.samples) if variant.calibrated else None
     torch.manual_seed(lab.options.seed)
@@ -566,8 +561,7 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
         weight_bytes=sum(f.stat().st_size for f in unfinished.glob("*.safetensors")),
         checkpoint=f"checkpoints/{label}")
     write_json(unfinished / "quant_lab.json", dict(
-        row=row, fingerprint=lab.head["fingerprint"],
-        recipe=lab.head["recipes"][label], files=hash_files(unfinished)))
+        row=row, fingerprint=lab.marks[label], files=hash_files(unfinished)))
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)  # In one step: a checkpoint is there or it is not.
     return row
@@ -577,8 +571,7 @@ def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
     """Return its part of the row if a checkpoint is there, complete and unaltered."""
     folder = lab.output / "checkpoints" / label
     note = read_json(folder / "quant_lab.json")
-    wanted = lab.head["fingerprint"], lab.head["recipes"][label]
-    if (note.get("fingerprint"), note.get("recipe")) != wanted:
+    if note.get("fingerprint") != lab.marks[label]:
         return None
     if note["files"].items() <= hash_files(folder).items():
         return note["row"]
@@ -734,7 +727,7 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
         text = lab.tokenizer.decode(made, skip_special_tokens=True)
         completions.append(dict(prompt=prompt, completion=text, same_tokens=same))
     lengths = [one["same_tokens"] for one in completions]
-    ranks = numpy.quantile(kld.flatten(), [0.5, 0.99, 0.999, 1.0]).tolist()
+    cuts = statistics.quantiles(kld.flatten().tolist(), n=1000, method="inclusive")
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
         # Paired token by token: what makes the text hard cancels.
@@ -742,8 +735,8 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
         tokens_scored=losses.numel(), window_losses=losses.mean(1).tolist(),
         top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
         kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
-            zip(("median", "p99", "p999", "max"), ranks), tokens=kld.numel(),
-            windows=kld.mean(1).tolist()),
+            median=cuts[499], p99=cuts[989], p999=cuts[998], max=kld.max().item(),
+            tokens=kld.numel(), windows=kld.mean(1).tolist()),
         divergence=dict(median=statistics.median(lengths), min=min(lengths),
                         max=max(lengths), completions=completions))
 
@@ -795,54 +788,73 @@ def held_bytes(model) -> int:
     return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
 
 # %%
+class Generator:
+    """Continue prompts, ids [batch, n], as plain transformers does."""
+    def __init__(self, model, prompts: Tensor, new_tokens: int):
+        from transformers import GenerationConfig
+        model.generation_config = GenerationConfig()  # Greedy, and never at an end.
+        self.model, self.prompts, self.cache = model, prompts, []
+
+    def run(self, steps: int) -> tuple[float, float]:
+        """Return seconds of the prefill and of the steps."""
+        times = []
+        streamer = SimpleNamespace(put=lambda _: times.append(now()), end=int)
+        output = self.model.generate(
+            input_ids=self.prompts, attention_mask=torch.ones_like(self.prompts),
+            do_sample=False, max_new_tokens=steps + 1, streamer=streamer,
+            return_dict_in_generate=True)
+        self.cache = getattr(output.past_key_values, "layers", [])
+        return times[1] - times[0], times[-1] - times[1]
+
 class Decoder:
-    """Continue prompts, ids [batch, n], greedily; token [batch, 1] is new. Compiled, it
-    is CUDA graphs over LayerCache; else a loop over transformers' DynamicCache."""
-    def __init__(self, model, prompts: Tensor, new_tokens: int, compiled: bool):
-        from transformers import DynamicCache
-        (batch, start), begin, device = prompts.shape, now(), model.device
+    """Continue prompts in tensors that stay where they are, on a GPU as CUDA graphs;
+    `token` [batch, 1] is the latest."""
+    def __init__(self, model, prompts: Tensor, new_tokens: int):
+        from transformers.cache_utils import StaticLayer
+        batch, start = prompts.shape
         length = math.ceil((start + new_tokens) / 16) * 16  # SDPA wants that.
-        self.model, self.prompts, self.compiled = model, prompts, compiled
-        self.token, self.peaks = prompts[:, -1:].clone(), []  # Peaks: bytes.
-        self.places = torch.arange(start, device=device)
+        self.model, self.prompts = model, prompts
+        self.token = prompts[:, -1:].clone()
+        self.places = torch.arange(start, device=prompts.device)
         self.position = self.places[-1:] + 1
-        self.mask = torch.zeros(1, 1, 1, length, dtype=model.dtype, device=device)
-        self.cache = ([LayerCache(length) for _ in find_decoder(model).layers]
-                      if compiled else DynamicCache(config=model.config))
-        self.takes = inspect.signature(model.forward).parameters
-        self.initial = self.cache  # Each run of what is not compiled copies it.
-        if compiled or batch > 1:
-            self.prefill()  # Uncompiled: it makes the cache.
-        self.first = self.token.clone()
-        if compiled:  # Graphs from here.
-            self.prefill = record(self, self.prefill) if batch == 1 else self.prefill
-            self.step = record(self, self.step)
-        self.seconds = now() - begin  # Of preparing, with compiling.
+        self.mask = prompts.new_zeros(1, 1, 1, length, dtype=model.dtype)
+        self.cache = [StaticLayer(length) for _ in find_decoder(model).layers]
+        self.prefill()  # Makes the tensors of the cache.
+        self.first, works = self.token.clone(), ["prefill", "step"][batch > 1 :]
+        for name in works * 2:  # Compiles, and warms up.
+            self.rewind()
+            getattr(self, name)()
+        if prompts.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            for name in works:
+                self.rewind()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    getattr(self, name)()
+                setattr(self, name, graph.replay)
 
     def advance(self, ids, places, mask) -> None:
-        for layer in self.cache if self.compiled else ():
-            layer.position = places
-        inputs = dict(
-            input_ids=ids, position_ids=places[None], use_cache=True, logits_to_keep=1,
-            past_key_values=self.cache, cache_params=self.cache, attention_mask=mask)
-        inputs = {name: x for name, x in inputs.items() if name in self.takes}
-        self.token.copy_(self.model(**inputs).logits[:, -1:].argmax(-1))
+        logits = self.model(
+            input_ids=ids, position_ids=places[None], attention_mask=mask,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.token.copy_(logits[:, -1:].argmax(-1))
 
     def prefill(self) -> None:
+        for layer in self.cache:
+            layer.cumulative_length.zero_()
         self.advance(self.prompts, self.places, None)
 
     def step(self) -> None:
         self.mask.index_fill_(3, self.position, 0)
-        self.advance(self.token, self.position, self.mask if self.compiled else None)
+        self.advance(self.token, self.position, self.mask)
         self.position += 1
 
     def rewind(self) -> None:
-        """Go back to the end of the prompt: mask what follows, or restore the cache."""
+        """Go back to the end of the prompt, and mask what follows it."""
         self.token.copy_(self.first)
-        self.position.fill_(len(self.places))
+        for count in self.position, *(x.cumulative_length for x in self.cache):
+            count.fill_(len(self.places))
         self.mask[..., len(self.places) :] = -math.inf
-        if not self.compiled:
-            self.cache = deepcopy(self.initial)
 
     def run(self, steps: int) -> tuple[float, float]:
         """Return seconds of the prefill, if of one prompt, and of the steps."""
@@ -865,7 +877,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
     timer = Timer("y.copy_(x)", setup, num_threads=torch.get_num_threads(),
                   globals=dict(size=size, device=model.device))
     bandwidth = 2 * size / timer.timeit(10).median  # Read and written, per second.
-    steps, first, decode, preparing = options.new_tokens - 1, None, [], []
+    steps, first, decode, preparing = options.new_tokens - 1, None, [], 0.0
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight.data_ptr() == head.weight.data_ptr()
     if compiled:
@@ -873,9 +885,11 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
     elif prompts.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     for batch in options.batch_sizes:
-        decoder = None  # Frees the one before.
+        decoder, begin = None, now()  # Frees the one before.
         try:
-            decoder = Decoder(model, prompts[:batch], options.new_tokens, compiled)
+            kind = Decoder if compiled else Generator
+            decoder = kind(model, prompts[:batch], options.new_tokens)
+            preparing += now() - begin
             decoder.run(steps)  # Warm-up.
             runs = [decoder.run(steps) for _ in range(options.repeats)]
         except Exception as error:
@@ -886,12 +900,9 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
         first = first or dict(
             ttft_s=summarize([prefill for prefill, _ in runs]),
             latency_s=summarize([sum(run) for run in runs]),
-            peak_memory_bytes=max(
-                decoder.peaks, default=torch.cuda.max_memory_allocated()) or None)
-        preparing.append(decoder.seconds)
+            peak_memory_bytes=torch.cuda.max_memory_allocated() or None)
         itl = [seconds / steps for _, seconds in runs]
-        layers = decoder.cache if compiled else decoder.cache.layers
-        cached = [x.nbytes for layer in layers for x in vars(layer).values()
+        cached = [x.nbytes for layer in decoder.cache for x in vars(layer).values()
                   if isinstance(x, Tensor)]
         read = held_bytes(model) + sum(cached)
         read -= 0 if tied else embedding.weight.nbytes
@@ -902,7 +913,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
     return first | dict(
         decode=decode, decode_tok_s=decode[0]["tok_s"], copy_bandwidth=bandwidth,
         prompt_tokens=prompts.shape[1],
-        compile_seconds=sum(preparing) if compiled else None)
+        compile_seconds=preparing if compiled else None)
 
 # %% [markdown]
 """## Rows
@@ -929,7 +940,7 @@ ROW = dict.fromkeys("""
     perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
     load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
     decode_tok_s decode copy_bandwidth prompt_tokens runs_as fingerprint""".split())
-SCHEMA = 3  # Raised when keys go or measuring changes: older results are refused.
+SCHEMA = 4  # Raised when keys go or measuring changes: older results are refused.
 MAY_DIFFER = "--variants", "--output-dir", "--fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
@@ -941,47 +952,51 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
                   window_begin=lab.tokenizer.decode(lab.begin),
                   prompts_in_the_chat_template=fingerprint(prompts),
                   chats=chats and fingerprint(hash_files(chats)))
-    recipes = dict.fromkeys(VARIANTS)
-    for label, variant in VARIANTS.items():
-        with contextlib.suppress(Exception):  # Its row will fail for the same reason.
-            recipes[label] = repr([build_recipe(label, options), variant.calibrated])
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
     for package in ("torch transformers llmcompressor compressed_tensors accelerate "
                     "datasets tokenizers safetensors").split():
         versions[package] = importlib.metadata.version(package)
     name = lab.model_folder.resolve().name if is_local else options.model
-    head = dict(
+    return dict(
         schema=SCHEMA, command=["python", "quant_lab.py", *words], model_name=name,
         base_model=None if is_local else name, machine=describe_machine(lab.device),
-        config=json.loads(json.dumps(asdict(options))), inputs=inputs, recipes=recipes,
+        config=json.loads(json.dumps(asdict(options))), inputs=inputs,
         versions=versions)
-    return head | dict(fingerprint=fingerprint(SCHEMA, list_conditions(head)))
 
-def list_conditions(head: dict, labels=()) -> dict:
-    """Return what must not differ in a folder with rows of these labels, by name."""
+def mark_variants(lab: SimpleNamespace) -> dict[str, str]:
+    """Return a fingerprint a label, of its recipe and all else that shapes its row."""
+    marks = dict.fromkeys(VARIANTS)
+    for label, variant in VARIANTS.items():
+        with contextlib.suppress(Exception):  # Its row will fail for the same reason.
+            recipe = repr(build_recipe(label, lab.options))
+            marks[label] = fingerprint(
+                SCHEMA, list_conditions(lab.head), recipe, variant.calibrated)
+    return marks
+
+def list_conditions(head: dict) -> dict:
+    """Return what must not differ between the rows of a folder, by name."""
     conditions = {"--" + name.replace("_", "-"): x
                   for name, x in head["config"].items()}
     conditions |= head["inputs"] | head["machine"] | head["versions"]
-    conditions |= {f"recipe of {label}": head["recipes"].get(label) for label in labels}
     return {name: x for name, x in conditions.items() if name not in MAY_DIFFER}
 
-def take_over(output: Path, head: dict) -> dict[str, dict]:
+def take_over(lab: SimpleNamespace) -> dict[str, dict]:
     """Return the finished rows of results.json; refuse those of other conditions."""
-    file, way_out = output / "results.json", "another --output-dir keeps, --fresh drops"
+    output, way_out = lab.output, "another --output-dir keeps, --fresh drops"
+    file = output / "results.json"
     if not file.exists():
         return {}
     before = read_json(file)
     if before.get("schema") != SCHEMA:
         stop(f"--output-dir {output}: old or broken results.json; {way_out} it")
     rows = {row["label"]: row for row in before["variants"] if row["status"] == "ok"}
-    labels = rows.keys() & VARIANTS.keys()
-    old, new = list_conditions(before, labels), list_conditions(head, labels)
-    head["recipes"] = before["recipes"] | head["recipes"]  # Of rows without an entry.
+    old, new = list_conditions(before), list_conditions(lab.head)
     for name in new if rows else ():
         if old.get(name) != new[name]:
             stop(f"--output-dir {output}: its finished rows were measured with {name} "
                  f"{old.get(name)}, not {new[name]}; {way_out} them")
-    return rows
+    return {label: row for label, row in rows.items()
+            if row["fingerprint"] == lab.marks.get(label, row["fingerprint"])}
 
 # %%
 def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
@@ -1041,7 +1056,7 @@ def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> di
     """Return a variant's row; its status is "failed" if anything went wrong."""
     folder, start = lab.output / f"checkpoints/{label}", now()
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
-                     fingerprint=lab.head["fingerprint"])
+                     fingerprint=lab.marks[label])
     out, steps = sys.stdout, []  # Below, sys.stdout is the log.
 
     def say(step: str) -> None:
@@ -1205,38 +1220,34 @@ def render_result(label: str, results: dict) -> str:
                         render_completions(shown, 0)])
 
 # %%
-def name_fastest(rows: list[dict], batch: int) -> str:
-    """Say which variant is fastest, or which are: their ranges share a value."""
-    timings = {row["label"]: read_figure(row, f"tok_s@{batch}") for row in rows}
-    noisy = [label for label, timing in timings.items() if is_noisy(timing)]
-    ranked = {label: timing for label, timing in timings.items()
-              if isinstance(timing, dict) and label not in noisy}
-    bar = 0.99 * max((timing["min"] for timing in ranked.values()), default=0)
-    best = [label for label, timing in ranked.items() if 1.01 * timing["max"] >= bar]
-    what = "one sequence" if batch == 1 else f"a batch of {batch}"
-    said = f"Fastest for {what}: {' or '.join(best) or 'unknown'}"
+def name_best(what: str, figures: dict[str, dict]) -> str:
+    """Say whose figure is least; several if their ranges, 1 % wider, share a value."""
+    noisy = [label for label, figure in figures.items() if is_noisy(figure)]
+    ranges = {label: list(figure.values())[1:3] for label, figure in figures.items()
+              if isinstance(figure, dict) and label not in noisy}
+    ranges = {label: pair for label, pair in ranges.items() if None not in pair}
+    bar = 1.01 * min((high for _, high in ranges.values()), default=0)
+    best = [label for label, (low, _) in ranges.items() if 0.99 * low <= bar]
+    said = f"{what}: {' or '.join(best) or 'unknown'}"
     return said + (f"; not counted, too noisy: {', '.join(noisy)}" if noisy else "")
 
-def name_closest(rows: list[dict]) -> str:
-    """Say which KLD is least, or which are: paired, window by window."""
-    windows = {row["label"]: torch.tensor(row["kld"]["windows"])[:, None].double()
-               for row in rows}
-    best = min(windows.values(), key=Tensor.mean)
-    gaps = {label: estimate(mine - best)["low"] for label, mine in windows.items()}
-    close = [label for label, low in gaps.items() if low is not None and low <= 0]
-    close = " or ".join(close) or "unknown, too few windows"
-    return f"Closest to the reference by KLD: {close}"
-
 def list_best(rows: list[dict]) -> list[str]:
-    done = [row for row in rows if row["status"] == "ok"]
+    done = {row["label"]: row for row in rows if row["status"] == "ok"}
     if len(done) < 2:
         return []
-    bar = 1.01 * min(row["weight_bytes"] for row in done)
-    smallest = [row["label"] for row in done if 0.99 * row["weight_bytes"] <= bar]
-    quantized = [row for row in done if row["label"] != BASELINE]
-    sizes = {e["batch"] for row in done for e in row["decode"] or () if e["tok_s"]}
-    lines = [f"Smallest: {' or '.join(smallest)}", name_closest(quantized)]
-    return lines + [name_fastest(done, n) for n in sorted({1, max(sizes, default=1)})]
+    sizes = {label: summarize([row["weight_bytes"]]) for label, row in done.items()}
+    windows = {label: torch.tensor(row["kld"]["windows"])[:, None].double()
+               for label, row in done.items() if label != BASELINE}
+    least = min(windows.values(), key=Tensor.mean)
+    gaps = {label: estimate(mine - least) for label, mine in windows.items()}
+    lines = [name_best("Smallest", sizes),
+             name_best("Closest to the reference by KLD", gaps)]
+    batches = {e["batch"] for row in rows for e in row["decode"] or () if e["tok_s"]}
+    for n in sorted({1, max(batches, default=1)}):
+        what = "one sequence" if n == 1 else f"a batch of {n}"
+        lines.append(name_best(f"Fastest for {what}", {
+            label: read_figure(row, f"itl_ms@{n}") for label, row in done.items()}))
+    return lines
 
 def render_verdict(rows: list[dict]) -> str:
     lines = list_best(rows)
@@ -1824,19 +1835,6 @@ def attend(module, query, key, value, attention_mask, scaling=None, **named):
     y = F.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
     return y.reshape(len(y), 1, query.shape[1], -1), None
 
-class LayerCache:
-    """Hold keys and values of one layer in tensors that stay where they are."""
-    def __init__(self, length: int):
-        self.length, self.keys, self.values, self.position = length, None, None, None
-
-    def update(self, keys, values, *_, **__):
-        if self.keys is None:
-            self.keys, self.values = (x.new_zeros(*x.shape[:2], self.length, x.shape[3])
-                                      for x in (keys, values))
-        self.keys.index_copy_(2, self.position, keys)
-        self.values.index_copy_(2, self.position, values)
-        return self.keys, self.values
-
 # %%
 def compile_layers(model) -> None:
     """Make all decoder layers one function, compiled for one row and for many."""
@@ -1853,27 +1851,11 @@ def compile_layers(model) -> None:
     def run(layer, number, x, *inputs, past_key_values, **named):
         layer_cache = past_key_values[number]
         forward = one_row if x.shape[:2] == (1, 1) else many_rows
-        forward = eager if layer_cache.keys is None else forward
+        forward = forward if layer_cache.is_initialized else eager
         return forward(layer, x, *inputs, past_key_values=layer_cache, **named)
 
     for number, layer in enumerate(layers):
         layer.forward = partial(run, layer, number)
-
-def record(decoder: Decoder, work: Callable) -> Callable:
-    """Return a decoder's work, warmed up twice; on a GPU it is a CUDA graph."""
-    for _ in range(2):
-        decoder.rewind()
-        work()
-    decoder.rewind()
-    if not decoder.token.is_cuda:
-        return work
-    torch.cuda.reset_peak_memory_stats()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    decoder.peaks.append(torch.cuda.max_memory_allocated())
-    decoder.rewind()
-    return graph.replay
 
 # %% [markdown]
 """## Files and faults
@@ -2142,7 +2124,6 @@ one line if it cannot be used. The card says what is measured on what."""
 # %%
 def set_up(words: list[str]) -> SimpleNamespace:
     """Return what the runs share; head is all of results.json but its rows."""
-    from filelock import FileLock
     options = parse_options(words)
     lab = SimpleNamespace(options=options, samples={}, reference=None)
     lab.device, reason = choose_device(options)
@@ -2156,19 +2137,17 @@ def set_up(words: list[str]) -> SimpleNamespace:
     machine = torch.cuda.get_device_name() if lab.device.type == "cuda" else "cpu"
     slug = f"{Path(options.model).resolve().name}-{machine}"
     output = options.output_dir or "results/" + re.sub(r"[^A-Za-z0-9._]+", "-", slug)
-    with usable("--output-dir", output, "name a folder that can be written to and that "
-                "no other run, or open notebook, is using"):
+    with usable("--output-dir", output, "name a folder that can be written to"):
         lab.output = Path(output).expanduser()
         lab.output.mkdir(parents=True, exist_ok=True)
-        # Not to wait: two runs would disturb each other's timings, too.
-        lab.lock = FileLock(lab.output / ".lock", 0, is_singleton=True).acquire()
     if options.fresh:
         (lab.output / "results.json").unlink(missing_ok=True)
         for label in VARIANTS:
             shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
     with libraries_to(lab.output / "log.txt"):
         lab.head = describe_run(lab, words)
-    lab.rows = take_over(lab.output, lab.head)
+        lab.marks = mark_variants(lab)
+    lab.rows = take_over(lab)
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))
     return lab
