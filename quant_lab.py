@@ -820,18 +820,21 @@ class Decoder:
         self.mask = prompts.new_zeros(1, 1, 1, length, dtype=model.dtype)
         self.cache = [StaticLayer(length) for _ in find_decoder(model).layers]
         self.prefill()  # Makes the tensors of the cache.
-        self.first, works = self.token.clone(), ["prefill", "step"][batch > 1 :]
-        for name in works * 2:  # Compiles, and warms up.
-            self.rewind()
-            getattr(self, name)()
+        self.first = self.token.clone()
+        for _ in range(2):  # Compiles, and warms up.
+            self.run(1)
         if prompts.is_cuda:
             torch.cuda.reset_peak_memory_stats()
-            for name in works:
-                self.rewind()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    getattr(self, name)()
-                setattr(self, name, graph.replay)
+            self.step = self.record(self.step)
+            if batch == 1:
+                self.prefill = self.record(self.prefill)
+
+    def record(self, work: Callable) -> Callable:
+        """Return work on the GPU as a CUDA graph, which one call starts whole."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
 
     def advance(self, ids, places, mask) -> None:
         logits = self.model(
@@ -840,8 +843,6 @@ class Decoder:
         self.token.copy_(logits[:, -1:].argmax(-1))
 
     def prefill(self) -> None:
-        for layer in self.cache:
-            layer.cumulative_length.zero_()
         self.advance(self.prompts, self.places, None)
 
     def step(self) -> None:
@@ -849,18 +850,16 @@ class Decoder:
         self.advance(self.token, self.position, self.mask)
         self.position += 1
 
-    def rewind(self) -> None:
-        """Go back to the end of the prompt, and mask what follows it."""
-        self.token.copy_(self.first)
-        for count in self.position, *(x.cumulative_length for x in self.cache):
-            count.fill_(len(self.places))
-        self.mask[..., len(self.places) :] = -math.inf
-
     def run(self, steps: int) -> tuple[float, float]:
         """Return seconds of the prefill, if of one prompt, and of the steps."""
-        self.rewind()
+        length, alone = len(self.places), len(self.token) == 1
+        self.token.copy_(self.first)
+        self.position.fill_(length)
+        self.mask[..., length:] = -math.inf
+        for layer in self.cache:  # Tokens that it holds.
+            layer.cumulative_length.fill_(0 if alone else length)
         start = now()
-        if len(self.token) == 1:
+        if alone:
             self.prefill()
         prefilled = now()
         for _ in range(steps):
@@ -1305,18 +1304,16 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
     from compressed_tensors.utils import match_named_modules
     from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    loads = get_checkpoint_conversion_mapping(model.config.model_type) or ()
-    loads = str([conversion.source_patterns for conversion in loads])
-    has_experts = get_non_linearized_moes(model)
-    unknown = "experts.*.down_proj" not in loads
+    names = get_checkpoint_conversion_mapping(model.config.model_type) or ()
+    known = "experts.*.down_proj" in str([name.source_patterns for name in names])
     sizes = [options.group_size] if options.group_size else GROUPS
     for modifier in [m for m in recipe if hasattr(m, "resolved_config")]:
         groups = modifier.resolved_config.config_groups
         for scheme in groups.values():
             weights = scheme.weights
             is_int8 = weights and weights.type == "int" and scheme.input_activations
-            if has_experts and (unknown or is_int8):
-                what = "experts of this model" if unknown else "int8 experts"
+            if get_non_linearized_moes(model) and (is_int8 or not known):
+                what = "int8 experts" if known else "experts of this model"
                 raise ValueError(f"transformers would not load quantized {what} again")
             if not weights or weights.strategy != "group" or weights.group_size != 128:
                 continue
@@ -1449,15 +1446,16 @@ def place_model(folder: Path, options: Options, device: torch.device):
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, trust_remote_code=False,
         use_safetensors=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{folder.name} lacks {len(missing)} weights, as {missing[0]}")
     model.eval().to(device)
     quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme")]
     files = map(partial(safe_open, framework="pt"), folder.glob("*.safetensors"))
     wanted = sum(key.endswith(".weight_scale") for file in files for key in file.keys())
-    extra = sorted(report["unexpected_keys"])
-    if wanted and extra:  # Of models from elsewhere some are never read.
-        raise ValueError(f"{folder.name}: {len(extra)} weights not read, as {extra[0]}")
+    # Of models from elsewhere some are never read.
+    for what, keys in (("lacks", report["missing_keys"]),
+                       ("has, unread,", report["unexpected_keys"] if wanted else ())):
+        if keys:
+            raise ValueError(
+                f"{folder.name} {what} {len(keys)} weights, as {min(keys)}")
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
     packed = len(quantized) if model.packs else 0
     model.unpacked = [] if len(quantized) == wanted else [
@@ -1600,18 +1598,15 @@ def find_kind(module: torch.nn.Module) -> str | None:
 
 def pack_linear(linear: torch.nn.Module, sm: tuple[int, int]) -> PackedLinear:
     """Return a PackedLinear of a Linear, which is dense or of one of FORMATS."""
-    kind = find_kind(linear)
-    if kind == "dense":
-        return PackedLinear("dense", linear.weight, None, linear.bias, sm)
-    scale = linear.weight_scale
+    kind, scale = find_kind(linear), getattr(linear, "weight_scale", None)
+    weight = linear.weight_packed if kind == "int4" else linear.weight
     if kind == "int4":
-        words = linear.weight_packed.view(torch.int32)
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
-        nibbles = words[..., None] >> shifts & 15
-        nibbles = nibbles.view(len(words), scale.shape[1], 8, -1).transpose(2, 3)
+        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+        nibbles = weight[..., None] >> shifts & 15
+        nibbles = nibbles.view(*scale.shape, 8, -1).transpose(2, 3)
         weight = (nibbles << shifts).sum(-1, dtype=torch.int32).flatten(1)
-    else:
-        weight = linear.weight.view(torch.int8)
+    elif kind != "dense":
+        weight = weight.view(torch.int8)
     return PackedLinear(kind, weight, scale, linear.bias, sm)
 
 # %%

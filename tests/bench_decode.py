@@ -68,7 +68,7 @@ def tune(model, prompts, seconds: float) -> None:
     Each is tried with the best known of the others, the nearest to the present first.
     """
     quant_lab.compile_layers(model)
-    decoder = quant_lab.Decoder(model, prompts[:1], 64, True)
+    decoder = quant_lab.Decoder(model, prompts[:1], 64)
     step, rule = partial(quant_lab.Decoder.step, decoder), quant_lab.choose_tile
     best, current = {}, None
 
@@ -78,10 +78,11 @@ def tune(model, prompts, seconds: float) -> None:
         return current[1] if current and current[0] == product else best[product]
 
     def milliseconds() -> float:
-        replay = quant_lab.record(decoder, step, True)
-        samples = []
+        decoder.run(0)
+        step()  # Compiles kernels of another shape.
+        replay, samples = decoder.record(step), []
         for _ in range(3):
-            decoder.rewind()
+            decoder.run(0)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             for _ in range(60):
@@ -132,9 +133,10 @@ def bench(kind: str, args: argparse.Namespace) -> None:
               for d in speed["decode"]), flush=True)
     if args.profile:
         with torch.no_grad():
-            decoder = quant_lab.Decoder(model, prompts[:1], args.new_tokens, cuda)
+            kind = quant_lab.Decoder if cuda else quant_lab.Generator
+            decoder = kind(model, prompts[:1], args.new_tokens)
             decoder.run(1)
-            for act in (decoder.prefill, decoder.step):
+            for act in (decoder.prefill, decoder.step) if cuda else [partial(decoder.run, 1)]:
                 with torch.profiler.profile() as profile:
                     act()
                     quant_lab.now()

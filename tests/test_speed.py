@@ -317,7 +317,7 @@ def test_only_what_the_kernels_implement_is_packed(scheme):
 def test_a_format_without_a_kernel_runs_emulated_and_says_so(
         labs, models, monkeypatch, scheme):
     """Add a recipe of zero points, or of one scale for all tokens: its figures are right."""
-    lab = vary(labs[True], head=labs[True].head | dict(recipes={scheme: "mine"}))
+    lab = vary(labs[True], marks={scheme: "mine"})
     monkeypatch.setitem(quant_lab.VARIANTS, scheme, quant_lab.Variant(scheme, lambda m, o: [
         m.QuantizationModifier(scheme=scheme, **quant_lab.LINEAR)], True))
     with quant_lab.libraries_to(lab.output / "log.txt"):
@@ -334,16 +334,15 @@ def test_a_format_without_a_kernel_runs_emulated_and_says_so(
 
 
 @torch.no_grad()
-def decode(model, compiled, prompts, steps=8):
+def decode(model, prompts, steps=8):
     """Return what comes after prompts [n, tokens], each alone, and after all at once.
 
     Of one prompt there is no batch. Each is done twice, the second time after a rewind.
     """
-    if compiled:
-        quant_lab.compile_layers(model)
+    quant_lab.compile_layers(model)
     alone, batch = [], torch.empty(len(prompts), steps + 1, dtype=torch.long)
     for prompt in prompts:
-        decoder = quant_lab.Decoder(model, prompt[None], steps + 1, compiled)
+        decoder = quant_lab.Decoder(model, prompt[None], steps + 1)
         for _ in range(2):
             decoder.run(0)
             said = [decoder.token.item()]
@@ -353,7 +352,7 @@ def decode(model, compiled, prompts, steps=8):
         alone.append(said)
     if len(prompts) == 1:
         return alone
-    decoder = quant_lab.Decoder(model, prompts, steps + 1, compiled)
+    decoder = quant_lab.Decoder(model, prompts, steps + 1)
     for _ in range(2):
         decoder.run(0)
         decoder.token.copy_(torch.tensor(alone)[:, :1])
@@ -368,7 +367,7 @@ def generate(model, prompts, steps=8):
     return [model.generate(
         prompt[None], attention_mask=torch.ones_like(prompt[None]), do_sample=False,
         max_new_tokens=steps + 1, min_new_tokens=steps + 1, eos_token_id=None,
-        pad_token_id=0)[0, len(prompt) :].tolist() for prompt in prompts]
+        pad_token_id=0, repetition_penalty=1.0)[0, len(prompt) :].tolist() for prompt in prompts]
 
 
 def draw_prompts(count, length=40):
@@ -382,16 +381,17 @@ def test_traced_layers_say_what_eager_ones_do(models, quick_compiler, label):
     """Decode two prompts, each alone and both; in float32, where no rounding tips a token."""
     folder, prompts = models[label, True], draw_prompts(2)
     model = load(folder, label in FORMATS, dtype="float32")
-    eager, traced = (decode(model, compiled, prompts) for compiled in (False, True))
-    assert eager[0] == eager[1] == traced[0] == traced[1]
-    assert eager[0][0] != eager[0][1] and len(set(eager[0][0])) > 1
+    eager = generate(model, prompts)
+    alone, batch = decode(model, prompts)
+    assert eager == alone == batch
+    assert eager[0] != eager[1] and len(set(eager[0])) > 1
 
 
 def test_compiled_layers_say_what_eager_ones_do(models):
     """Compile in earnest, one format and one sequence: it takes half a minute."""
     model = load(models["rtn_w4a16", True], True, dtype="float32")
-    eager, compiled = (decode(model, compiled, draw_prompts(1)) for compiled in (False, True))
-    assert eager == compiled and len(set(eager[0])) > 1
+    eager = generate(model, draw_prompts(1))
+    assert eager == decode(model, draw_prompts(1)) and len(set(eager[0])) > 1
 
 
 # What the compiled path takes, and what it does not: sliding windows, biases and positions
@@ -402,14 +402,21 @@ OTHERS = ["gemma2", "gemma3_text", "mistral_window", "gpt_oss", "gpt_neox", "opt
 
 
 @pytest.mark.parametrize("family", COMPILED + OTHERS)
-def test_decoding_is_that_of_generate(tmp_path, family):
-    """Compare token by token in float32; prompts are longer than the sliding windows."""
+def test_what_is_not_compiled_is_timed_by_generate(tmp_path, monkeypatch, family):
+    """Time three prompts at once, whatever the model's own settings ask for."""
     model, prompts = load_emulated(make(family, tmp_path), "float32"), draw_prompts(3, 80)
     wanted = generate(model, prompts)
     assert len(set(map(tuple, wanted))) == 3 and max(len(set(one)) for one in wanted) > 3
-    alone, batch = decode(model, False, prompts)
-    assert alone == wanted
-    assert batch == wanted
+    model.generation_config.update(
+        eos_token_id=list({ids[1] for ids in wanted}), pad_token_id=0, do_sample=True,
+        temperature=5.0, repetition_penalty=9.0)
+    outputs, real = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **inputs: (
+        outputs.append(real(**inputs)) or outputs[-1]))
+    generator = quant_lab.Generator(model, prompts, 9)
+    prefill, steps = generator.run(8)
+    assert outputs[0].sequences[:, 80:].tolist() == wanted
+    assert prefill > 0 and steps > 0 and generator.cache
 
 
 @pytest.mark.parametrize("family", COMPILED)
@@ -419,7 +426,7 @@ def test_the_compiled_path_of_families_says_what_generate_does(
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model, prompts = load_emulated(make(family, tmp_path), "float32"), draw_prompts(2)
     wanted = generate(model, prompts)
-    alone, batch = decode(model, True, prompts)
+    alone, batch = decode(model, prompts)
     assert alone == wanted
     assert batch == wanted
 
@@ -454,8 +461,8 @@ def test_length_is_forced_past_the_end_of_sequence(
     model.register_forward_hook(count)
     prompts = torch.arange(60).view(3, 20)  # Of more there may be: the first of them.
     speed = quant_lab.measure_speed(model, prompts, options, compiled)
-    # Set-up makes the cache, where that stays, and warms up what is compiled.
-    alone, both = 5 * compiled + 4 * 7, 1 + 2 * compiled + 4 * 6
+    # Set-up makes the cache, and warms up what is compiled, with one step each.
+    alone, both = 5 * compiled + 4 * 7, 3 + 4 * 6 if compiled else 4 * 7
     assert calls == [(1, 1)] * alone + [(2, 1)] * both
     for key in ("ttft_s", "latency_s", "decode_tok_s"):
         samples = speed[key]["samples"]
@@ -483,14 +490,14 @@ def test_length_is_forced_past_the_end_of_sequence(
 
 
 def test_a_batch_that_does_not_fit_is_a_cell(lab, monkeypatch):
-    real = quant_lab.Decoder
+    real = quant_lab.Generator
 
     def refuse(*inputs):
         if len(inputs[1]) == 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(*inputs)
 
-    monkeypatch.setattr(quant_lab, "Decoder", refuse)
+    monkeypatch.setattr(quant_lab, "Generator", refuse)
     results = run_all(lab("--variants", quant_lab.BASELINE, "--batch-sizes", 8, 2))
     row, = results["variants"]
     assert row["status"] == "ok" and [e["batch"] for e in row["decode"]] == [1, 2, 8]
@@ -507,7 +514,7 @@ def test_where_decoding_fails_quality_stays(lab, monkeypatch):
     def refuse(*inputs):
         raise error
 
-    monkeypatch.setattr(quant_lab, "Decoder", refuse)
+    monkeypatch.setattr(quant_lab, "Generator", refuse)
     build = lab("--variants", quant_lab.BASELINE, FORMATS[0], "--batch-sizes", 2)
     results = run_all(build)
     for row in results["variants"]:
@@ -729,22 +736,19 @@ def test_attention_of_one_row(heads, shared, size, length):
 @torch.no_grad()
 def test_graphs_on_a_gpu_say_what_eager_decoding_does(models, label):
     """Compare the first token; later ones may part, once a rounding tips one."""
-    found = []
-    for compiled in (False, True):
-        model = load_plain(models[label, True]).to("cuda")
-        quant_lab.pack_model(model, torch.cuda.get_device_capability())
-        if compiled:
-            quant_lab.compile_layers(model)
-        decoder = quant_lab.Decoder(
-            model, torch.arange(5, 45, device="cuda")[None], 9, compiled)
-        decoder.run(0)
-        found.append(decoder.token.item())
-        decoder.run(3)
-        assert quant_lab.held_bytes(model) == pytest.approx(
-            weight_bytes(models[label, True]), rel=0.02)
-        assert len(decoder.peaks) == 2
-        assert min(decoder.peaks) > quant_lab.held_bytes(model)
-    assert found[0] == found[1]
+    model = load_plain(models[label, True]).to("cuda")
+    quant_lab.pack_model(model, torch.cuda.get_device_capability())
+    prompts = torch.arange(5, 45, device="cuda")[None]
+    wanted, = generate(model, prompts, 0)
+    quant_lab.compile_layers(model)
+    decoder = quant_lab.Decoder(model, prompts, 9)
+    decoder.run(0)
+    assert [decoder.token.item()] == wanted
+    decoder.run(3)
+    weights = quant_lab.held_bytes(model)
+    assert weights == pytest.approx(weight_bytes(models[label, True]), rel=0.02)
+    assert torch.cuda.max_memory_allocated() > weights
+    assert decoder.step.__self__.__class__ is torch.cuda.CUDAGraph
 
 
 def test_the_bench_of_random_models_runs(monkeypatch, capsys):
