@@ -623,11 +623,9 @@ def find_decoder(model):
     return model.model if decoder is model else decoder  # Llama 4 returns itself.
 
 def apply_head(model, output, hidden: Tensor) -> Tensor:
-    """Return logits [n, vocabulary] of last hidden states [n, width].
-
-    The model's own forward makes them, with all that it does to logits (scaling, soft
-    caps); only its decoder gives back an output, as of any tokens, with these states.
-    """
+    """Return logits [n, vocabulary] of last hidden states [n, width]."""
+    # The model's own forward makes them, with all that it does to logits (scaling, soft
+    # caps); only its decoder gives back an output, as of any tokens, with these states.
     output.last_hidden_state = hidden[None]
     with patch.object(find_decoder(model), "forward", lambda *_, **__: output):
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
@@ -635,10 +633,8 @@ def apply_head(model, output, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_text(model, windows: Tensor, unscored: int, visit: Callable) -> Tensor:
-    """Return losses [windows, tokens], in nats, of ids [windows, window].
-
-    Calls `visit(hidden states [n, width], logits [n, vocabulary])` with each chunk.
-    """
+    """Return losses [windows, tokens], in nats, of ids [windows, window]; `visit` gets
+    the hidden states [n, width] and logits [n, vocabulary] of each chunk."""
     losses = []
     for ids in show_progress("scoring", windows.to(model.device)):
         output = find_decoder(model)(input_ids=ids[None], use_cache=False)
@@ -766,8 +762,8 @@ machine was busy with something else: the figure is marked *noisy*, and not rank
 Decoding is what servers do, as far as PyTorch goes: a static cache, tokens that never
 leave the GPU, compiled decoder layers, prefill and step as CUDA graphs. `generate`
 would start each of hundreds of kernels from Python, and at this size measure Python.
-That is what is left where layers do not compile (sliding windows, soft caps, experts)
-or on a CPU: a plain loop. Compare it with its like; `runs_as` tells."""
+It is what is left on a CPU, and where layers do not compile (sliding windows, soft
+caps, experts). Compare it with its like; `runs_as` tells."""
 
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
@@ -806,6 +802,7 @@ class Generator:
         self.cache = getattr(output.past_key_values, "layers", [])
         return times[1] - times[0], times[-1] - times[1]
 
+# %%
 class Decoder:
     """Continue prompts in tensors that stay where they are, on a GPU as CUDA graphs;
     `token` [batch, 1] is the latest."""
@@ -869,8 +866,7 @@ class Decoder:
 # %%
 @torch.no_grad()
 def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> dict:
-    """Return speed and memory of continuing prompts [n, tokens], the first alone and
-    as many as each batch has; a batch may be "OOM"."""
+    """Return speed and memory of continuing prompts [n, tokens], batch by batch."""
     size = 10**9 if prompts.is_cuda else 10**8  # Bytes, beyond any cache.
     setup = "x = torch.ones(size, dtype=torch.int8, device=device); y = x.clone()"
     timer = Timer("y.copy_(x)", setup, num_threads=torch.get_num_threads(),
@@ -1300,7 +1296,7 @@ SMOOTHING_LIMIT = 1e-3  # Nats.
 
 def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
     """Make groups of 128 divide all widths quantized; ValueError where none does, or
-    where the experts of the model would not load again from such a checkpoint."""
+    where experts would not load again."""
     from compressed_tensors.utils import match_named_modules
     from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -1330,10 +1326,15 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
 
 # %%
 class Reading(TorchFunctionMode):
-    """Compute in float32; note who reads what modules with a weight [n] put out."""
-    def __init__(self):
+    """Run a model in float32; note who reads what modules with a weight [n] put out."""
+    def __init__(self, model, ids: Tensor):
+        from llmcompressor.utils.helpers import DisableQuantization
         super().__init__()
         self.outputs, self.readers = {}, {}  # By id; readers: ids of Linears' weights.
+        hook = torch.nn.modules.module.register_module_forward_hook(self.note_output)
+        with torch.no_grad(), DisableQuantization(model), self, hook:
+            logits = model(input_ids=ids, use_cache=False).logits
+        self.logs = logits.double().log_softmax(-1).cpu()  # Of probabilities.
 
     def note_output(self, module, inputs, output) -> None:
         if getattr(module, "weight", None) is not None and module.weight.dim() == 1:
@@ -1370,19 +1371,12 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
     """Set what SmoothQuant smooths; prove that what is smoothed within is the same."""
     from llmcompressor.modeling.offset_norm import norm_calibration_context
     from llmcompressor.pipelines.registry import CalibrationPipeline
-    from llmcompressor.utils.helpers import DisableQuantization
     smoother = next((m for m in recipe if hasattr(m, "mappings")), None)
     choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
 
-    def read(reading: Reading) -> Tensor:
-        hook = torch.nn.modules.module.register_module_forward_hook(reading.note_output)
-        with torch.no_grad(), DisableQuantization(model), reading, hook:
-            logits = model(input_ids=ids, use_cache=False).logits
-            return logits.double().log_softmax(-1).cpu()
-
     def prove(modifiers, **named):
         if smoother not in modifiers:  # It is done, and quantizing comes next.
-            after = read(Reading())
+            before, after = reading.logs, Reading(model, ids).logs
             kld = (before.exp() * (before - after)).sum(-1).mean().item()
             pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
             pairs = smoother._resolved_mappings if pairs is None else pairs
@@ -1396,8 +1390,7 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
         yield
         return
     with norm_calibration_context(model):  # Turns known 1 + weight into weight.
-        reading = Reading()
-        before = read(reading)
+        reading = Reading(model, ids)
         if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
             smoother.mappings = find_pairs(model, reading)
     with patch.object(CalibrationPipeline, "from_modifiers", prove):
@@ -1421,8 +1414,7 @@ format, GPU and number of tokens it takes one of these routes, and `runs_as` nam
 
 A model with any other format (static or no rounding of activations, scales by blocks
 or of whole tensors, zero points) is unpacked to 16 bits once, and compressed-tensors
-rounds for it: quality is that of the format, memory and speed are not, and its row says
-so.
+rounds for it: quality is that of the format, memory and speed are not.
 
 A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8, or
 eight INT4 to an int32. Its scale is [outputs, groups], one group unless INT4. A word of
@@ -1436,13 +1428,10 @@ first to be called computes for all, the others cut their slice of it."""
 
 # %%
 def place_model(folder: Path, options: Options, device: torch.device):
-    """Return a causal LM on the device, packed or not; ValueError if incomplete.
-
-    `model.unpacked` says what of it does not run packed, in a list of sentences.
-    """
+    """Return a causal LM on the device; `unpacked` lists what of it is not packed."""
     from transformers import AutoModelForCausalLM
     free_memory()
-    dtype, short = getattr(torch, options.dtype), DTYPES[options.dtype]
+    dtype = getattr(torch, options.dtype)
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, output_loading_info=True, trust_remote_code=False,
         use_safetensors=True)
@@ -1462,12 +1451,8 @@ def place_model(folder: Path, options: Options, device: torch.device):
         f"{packed} of {wanted} quantized weights run packed, the "
         "others, of experts, unpacked through bf16, their activations not rounded"]
     if quantized and not model.packs:
-        model.unpacked += [f"emulated: weights unpacked to {short}, activations as the "
-                           "format says"]
+        model.unpacked += [f"emulated, weights unpacked to {DTYPES[options.dtype]}"]
         model.hf_quantizer.compressor.decompress_model(model)
-        for module in quantized:
-            if isinstance(module, torch.nn.Linear):
-                module.forward = partial(forward_rows, module.forward)
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16:  # Experts, and some formats, unpack so.
             parameter.data = parameter.data.to(dtype)
@@ -1475,11 +1460,6 @@ def place_model(folder: Path, options: Options, device: torch.device):
         cuda = device.type == "cuda"
         pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
     return model
-
-def forward_rows(forward: Callable, x: Tensor) -> Tensor:
-    """Call a Linear with [1, n, in]: of two dimensions, compressed-tensors 0.19 takes
-    one scale for all tokens where its format has one per token."""
-    return forward(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 # %%
 def round_e4m3(x: Tensor) -> Tensor:
@@ -1660,8 +1640,7 @@ share a key stand in as rows of one product, so that no key is copied.
 Keys and values lie in tensors of fixed size and place, or no CUDA graph could replay a
 step: attention goes over all places, and a mask hides those not yet written. All layers
 are one function, compiled once for one row and once for many: compiled one by one, each
-layer's index is a constant, and dynamo's limit of recompilations is soon reached. The
-first prefill makes the cache uncompiled; work is warmed up before it is recorded."""
+layer's index is a constant, and dynamo's limit of recompilations is soon reached."""
 
 # %%
 @jit

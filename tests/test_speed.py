@@ -326,7 +326,7 @@ def test_a_format_without_a_kernel_runs_emulated_and_says_so(
     model = quant_lab.place_model(folder, quant_lab.Options(), torch.device("cpu"))
     assert not packed_linears(model)
     assert quant_lab.name_routes(scheme, model, 9, quant_lab.Options()) == (
-        "emulated: weights unpacked to fp16, activations as the format says")
+        "emulated, weights unpacked to fp16")
     wanted, logits = load_plain(folder)(ids).logits, model(ids).logits
     assert torch.equal(logits, wanted)
     dense = load(models[quant_lab.BASELINE, True], False)(ids).logits
@@ -655,7 +655,7 @@ def test_emulated_is_the_ecosystems_path(lab, tmp_path):
                          tmp_path / "emulated"))["variants"]
     assert packed["runs_as"] == "prefill, decode dequantized to fp16 · not compiled"
     assert row["runs_as"] == (
-        "emulated: weights unpacked to fp16, activations as the format says"
+        "emulated, weights unpacked to fp16"
         " · not compiled")
     assert row["weights_memory_bytes"] > 1.2 * packed["weights_memory_bytes"]
     for key in ("perplexity", "kld", "divergence", "weight_bytes"):
