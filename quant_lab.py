@@ -1462,12 +1462,6 @@ def place_model(folder: Path, options: Options, device: torch.device):
     return model
 
 # %%
-def round_e4m3(x: Tensor) -> Tensor:
-    """Return x, within ±448, rounded to the nearest FP8 E4M3 value, ties to even."""
-    power = (x.float().view(torch.int32) & 0x7F800000).view(torch.float32)
-    step = power.clamp(min=2**-6) / 8  # Three bits follow the leading one.
-    return (torch.round(x / step) * step).to(x.dtype)
-
 def round_activations(kind: str, x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
     """Return x over its scale, in 8 bits, and the scale [..., 1], one per token."""
     scale = x.abs().amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
@@ -1475,7 +1469,11 @@ def round_activations(kind: str, x: Tensor, native: bool) -> tuple[Tensor, Tenso
     if kind == "int8":
         return (x / scale).clamp(-128, 127).round().to(torch.int8), scale
     x = (x / scale).clamp(-448, 448)
-    return x.to(torch.float8_e4m3fn) if native else round_e4m3(x), scale
+    if native:
+        return x.to(torch.float8_e4m3fn), scale
+    power = (x.float().view(torch.int32) & 0x7F800000).view(torch.float32)
+    step = power.clamp(min=2**-6) / 8  # Three bits follow the leading one.
+    return (torch.round(x / step) * step).to(x.dtype), scale  # Ties to even.
 
 def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
     """Return the weight [out, in] of a PackedLinear in the dtype of its scale."""
