@@ -1,17 +1,14 @@
 # ---
-# jupyter:
-#   kernelspec: {display_name: Python 3, language: python, name: python3}
-#   accelerator: GPU
-#   colab: {gpuType: T4}
+# jupyter: {accelerator: GPU, colab: {gpuType: T4},
+#   kernelspec: {display_name: Python 3, language: python, name: python3}}
 # ---
 
 # %% [markdown]
 """# quant_lab: which quantization should I deploy?
 
 A quantized model takes fewer bytes. Whether it is faster on your GPU, and what it lost,
-has to be measured. This script writes a causal language model in float16 and as three
-compressed-tensors checkpoints made by llmcompressor, and sends all four through the
-same functions: bytes, quality, speed, memory.
+has to be measured. This script writes a causal LM in float16 and as three checkpoints
+(compressed-tensors, by llmcompressor), and measures bytes, quality, speed, memory.
 
     python quant_lab.py                        the four variants, on a GPU
     python quant_lab.py --demo                 the same code, any machine, two minutes
@@ -19,11 +16,9 @@ same functions: bytes, quality, speed, memory.
 
 Each run prints its variant beside the baseline; tables and a verdict come last. The
 output folder has `results.json` with every timing, a summary, a picture, checkpoints.
-
-Every variant, the baseline too, is compared with the *reference*: the model as it came.
-The *baseline* is that model written and loaded again like any other variant, so what
-differs there is the noise of the measurement. The story comes first, then machinery, to
-be skipped at first reading; the runs are at the end."""
+Every variant is compared with the *reference*: the model as it came. The *baseline* is
+that model written and loaded again: what differs there is noise of the measurement.
+Machinery, to be skipped at first reading, follows the story; the runs come last."""
 
 # %%
 import argparse
@@ -57,7 +52,7 @@ from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
 from functools import partial
-from itertools import islice, product, zip_longest
+from itertools import product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -72,13 +67,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
-
 try:
     import triton
     from triton import jit, language as tl
 except ImportError:  # Comes with PyTorch for GPUs only.
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda kernel: None
-
 IN_NOTEBOOK = "__file__" not in globals()
 HERE = Path.cwd() if IN_NOTEBOOK else Path(__file__).resolve().parent
 
@@ -96,65 +89,58 @@ WxAy means weights of x bits and activations of y. SM is a GPU's compute capabil
 - [FP8](https://arxiv.org/abs/2209.05433) rounds weights to nearest. It needs no data:
   the scales of activations are found while the model runs (*dynamic*).
 - [GPTQ](https://arxiv.org/abs/2210.17323) rounds input by input and makes up for each
-  error in the weights not yet rounded, as calibration inputs weigh it. *Dampening* is
-  added to the diagonal of the matrix it inverts; more is safer and less exact.
-- [SmoothQuant](https://arxiv.org/abs/2211.10438) first divides activations by a factor
-  per channel and multiplies the weights by it, which moves outliers to where they do
-  less harm. Its GPTQ has `actorder=None`: the default writes a key into the checkpoint
-  that the compressed-tensors of vLLM 0.20 to 0.22 rejects for W8A8.
-- On request: `rtn_w4a16` rounds to nearest in that format, the control of GPTQ.
-  [AWQ](https://arxiv.org/abs/2306.00978) does so, too, after scaling up channels that
-  see the largest activations. `w8a16` leaves activations alone; `fp8_block` has a scale
-  per 128 x 128 weights and per 128 activations, as DeepSeek-V3 was trained.
+  error in the weights not yet rounded, as calibration inputs weigh it. More *dampening*
+  (of the matrix it inverts, on the diagonal) is safer and less exact.
+- [SmoothQuant](https://arxiv.org/abs/2211.10438) first moves outliers to where they do
+  less harm: activations are divided by a factor per channel, weights multiplied. Its
+  GPTQ has `actorder=None`: vLLM 0.20 to 0.22 rejects a key of the default for W8A8.
+- On request: `rtn_w4a16` rounds to nearest in GPTQ's format, as its control;
+  [AWQ](https://arxiv.org/abs/2306.00978) does so after scaling up channels of the
+  largest activations. `w8a16` leaves activations alone; `fp8_block` has a scale per 128
+  x 128 weights and per 128 activations, as DeepSeek-V3 was trained.
 
 Embedding, `lm_head` and vision towers stay 16-bit. Groups are smaller where 128 does
-not divide each width. To add a recipe, add an entry at the end: any scheme of
-compressed-tensors is measured. What no kernel here implements runs *emulated*, as its
-row says: weights unpacked, rounding of activations simulated."""
+not divide each width. To add a recipe, of any scheme, add an entry at the end; what no
+kernel here implements runs *emulated* (weights unpacked, rounding of activations
+simulated)."""
 
 # %%
-# recipe(modifiers, options) returns new llmcompressor modifiers.
-Variant = namedtuple("Variant", "scheme recipe calibrated", defaults=[False])
+# recipe(modifiers, options) returns llmcompressor modifiers; if None: round to nearest.
+Variant = namedtuple("Variant", "scheme recipe calibrated", defaults=[None, False])
 LINEAR = dict(targets="Linear", ignore=[
     "lm_head", "re:.*(embed_out|vision|visual|audio|multi_modal|projector).*"])
 VARIANTS = {
     "00_fp16_baseline": Variant("FP16", lambda m, o: []),
-    "01_fp8_dynamic": Variant("FP8_DYNAMIC", lambda m, o: [
-        m.QuantizationModifier(scheme="FP8_DYNAMIC", **LINEAR)]),
+    "01_fp8_dynamic": Variant("FP8_DYNAMIC"),
     "02_gptq_w4a16": Variant("W4A16", lambda m, o: [
         m.GPTQModifier(scheme="W4A16", dampening_frac=o.dampening, **LINEAR)], True),
     "03_smoothquant_w8a8": Variant("W8A8", lambda m, o: [
         m.SmoothQuantModifier(smoothing_strength=o.smoothing_strength),
         m.GPTQModifier(scheme="W8A8", dampening_frac=o.dampening, actorder=None,
                        **LINEAR)], True),
-    "rtn_w4a16": Variant("W4A16", lambda m, o: [
-        m.QuantizationModifier(scheme="W4A16", **LINEAR)]),
+    "rtn_w4a16": Variant("W4A16"),
     "awq_w4a16": Variant("W4A16", lambda m, o: [
         m.AWQModifier(), m.QuantizationModifier(scheme="W4A16", **LINEAR)], True),
-    "w8a16": Variant("W8A16", lambda m, o: [
-        m.QuantizationModifier(scheme="W8A16", **LINEAR)]),
-    "fp8_block": Variant("FP8_BLOCK", lambda m, o: [
-        m.QuantizationModifier(scheme="FP8_BLOCK", **LINEAR)]),
+    "w8a16": Variant("W8A16"),
+    "fp8_block": Variant("FP8_BLOCK"),
 }
 BASELINE, DEFAULT = "00_fp16_baseline", tuple(VARIANTS)[:4]
 
 # %% [markdown]
 """## Options
 
-Each option stands here once, with a remark on when to change it; the command line is
-derived from it. What is typed wins over what `--demo` presets. Of a label a part is
-enough: `--variants fp8 w4a16` looks among the four first, then among all; the baseline
-always runs, as all figures stand beside it. In a notebook, put the same words into the
-environment first, as in `%env QUANT_LAB_ARGS=--demo`."""
+Each option stands here once, with a remark on when to change it. What is typed wins
+over what `--demo` presets. Of a label a part is enough: `--variants fp8 w4a16` looks
+among the four first, then among all; the baseline always runs, as all is compared with
+it. A notebook takes its words from `%env QUANT_LAB_ARGS=--demo`."""
 
 # %%
 ULTRACHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k", "Salesforce/wikitext"
 DTYPES = dict(float16="fp16", bfloat16="bf16", float32="fp32")
 GROUPS = 128, 64, 32
-ROLES = dict(system="system", user="user", human="user", prompt="user", tool="tool",
+ROLES = dict(system="system", user="user", human="user", prompt="user", text="user",
              assistant="assistant", gpt="assistant", completion="assistant",
-             function="tool", observation="tool")
-CHAT_ADVICE = 'give {"messages": [{"role": "user", "content": "..."}, ...]}'
+             tool="tool", function="tool", observation="tool")
 PROMPTS = (
     "What is a dictionary in Python? Answer in two sentences.",
     "A train covers 60 km in 45 minutes. What is its average speed in km/h?",
@@ -165,11 +151,13 @@ PROMPTS = (
     "Which planet of the solar system has the shortest day?",
     "Name three primary colors as a JSON array of strings, and write nothing else.",
 )
+DEMO = dict(model="tests/tiny-qwen2", calibration_data="tests/demo/chats.jsonl",
+            eval_text="tests/demo/eval.txt", calibration_samples=32,
+            calibration_length=512, window=512, batch_sizes=(1, 8))
 
 def option(default, remark: str, low=None, high=math.inf, choices=None):
-    """Declare an option: its default, when to change it, what it may be."""
     return field(default=default, metadata=dict(
-        remark=remark, low=low, high=high, choices=choices))
+        help=f"{remark} [%(default)s]", low=low, high=high, choices=choices))
 
 @dataclass(frozen=True)
 class Options:
@@ -182,8 +170,7 @@ class Options:
     eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
     window: int = option(2048, "tokens; 2048 compares with papers", 2)
     max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
-    group_size: int = option(0, "of int4; 0 is the largest of these that divides all "
-                                "widths", choices=(0, *GROUPS))
+    group_size: int = option(0, "of int4; 0: as large as fits", choices=(0, *GROUPS))
     dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
     smoothing_strength: float = option(0.8, "less leaves more to activations", 0, 1)
     new_tokens: int = option(64, "length of the completions", 2)
@@ -200,26 +187,19 @@ class Options:
     demo: bool = option(False, "tiny model and text beside this: no GPU, no network")
     fresh: bool = option(False, "forget finished work in the output folder")
 
-DEMO = dict(model="tests/tiny-qwen2", calibration_data="tests/demo/chats.jsonl",
-            eval_text="tests/demo/eval.txt", calibration_samples=32,
-            calibration_length=512, window=512, batch_sizes=(1, 8))
-
 # %%
 def read_words() -> list[str]:
-    """Return the command line's words; in a notebook, those of QUANT_LAB_ARGS."""
     with usable("QUANT_LAB_ARGS", "", "write it as on a command line"):
         return (shlex.split(os.environ.get("QUANT_LAB_ARGS", "")) if IN_NOTEBOOK
                 else sys.argv[1:])
 
 def find_label(word: str) -> str:
     """Return the label that a word is a part of: of the default ones, else of all."""
-    for labels in ([word], DEFAULT, VARIANTS):
-        matches = [label for label in labels
-                   if word.lower() in label and label in VARIANTS]
+    for labels in VARIANTS.keys() & {word}, DEFAULT, VARIANTS:
+        matches = [label for label in labels if word.lower() in label]
         if len(matches) == 1:
             return matches[0]
-    stop(f"--variants {word!r}: no label, nor a part of just one; choose from all, "
-         f"{', '.join(VARIANTS)}")
+    stop(f"--variants {word!r}: give all or a part of one of {', '.join(VARIANTS)}")
 
 def parse_options(words: list[str]) -> Options:
     """Read options from command-line words; a bad name or value exits with 2."""
@@ -227,41 +207,32 @@ def parse_options(words: list[str]) -> Options:
         "quant_lab.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
-    flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(Options)}
-    for f in fields(Options):
+    flags = {"--" + f.name.replace("_", "-"): f for f in fields(Options)}
+    forms = {bool: dict(action="store_true"), tuple: dict(nargs="+")}
+    for flag, f in flags.items():
         form = dict(type=type(f.default), choices=f.metadata["choices"])
-        if isinstance(f.default, tuple):
-            form = dict(nargs="+")
-        elif isinstance(f.default, bool):
-            form = dict(action="store_true")
-        parser.add_argument(flags[f.name], default=f.default, **form,
-                            help=f.metadata["remark"] + " [%(default)s]")
+        form = forms.get(type(f.default), form)
+        parser.add_argument(flag, default=f.default, help=f.metadata["help"], **form)
     if "--demo" in words:
         parser.set_defaults(**DEMO)
     given, unknown = parser.parse_known_args(words)
     if unknown:
-        close = get_close_matches(unknown[0], flags.values(), 1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists the options"
-        stop(f"{unknown[0]}: no such option; {hint}")
-    given = vars(given)
-    for f in fields(Options):
-        low, high, values = f.metadata["low"], f.metadata["high"], [given[f.name]]
-        if isinstance(f.default, tuple):  # Commas separate, too.
-            values = ",".join(map(str, given[f.name])).split(",")
-            with usable(flags[f.name], " ".join(values), "give whole numbers"):
-                values = given[f.name] = [type(f.default[0])(word) for word in values]
-        for value in values:
-            if low is not None and not low <= value <= high:
-                stop(f"{flags[f.name]} {value}: not from {low} to {high}")
-    labels = {BASELINE, *(VARIANTS if "all" in given["variants"]
-                          else map(find_label, given["variants"]))}
-    dtypes = {short: long for long, short in DTYPES.items()}
-    return Options(**given | dict(
-        dtype=dtypes.get(given["dtype"], given["dtype"]),
-        variants=tuple(v for v in VARIANTS if v in labels),
-        batch_sizes=tuple(sorted({1, *given["batch_sizes"]}))))
+        close = get_close_matches(unknown[0], flags, 1) or ["--help"]
+        stop(f"{unknown[0]}: no such option; did you mean {close[0]}?")
+    parts = ",".join(given.variants).split(",")
+    labels = {BASELINE, *(VARIANTS if "all" in parts else map(find_label, parts))}
+    given.variants = tuple(label for label in VARIANTS if label in labels)
+    sizes = ",".join(map(str, given.batch_sizes))
+    with usable("--batch-sizes", sizes, "give whole numbers"):
+        given.batch_sizes = tuple(sorted({1, *map(int, sizes.split(","))}))
+    given.dtype = dict(zip(DTYPES.values(), DTYPES)).get(given.dtype, given.dtype)
+    for flag, f in flags.items():
+        value, low, high = getattr(given, f.name), f.metadata["low"], f.metadata["high"]
+        least = value[0] if isinstance(value, tuple) else value
+        if low is not None and not low <= least <= high:
+            stop(f"{flag} {least}: not from {low} to {high}")
+    return Options(**vars(given))
 
-# %%
 def choose_device(options: Options) -> tuple[torch.device, str]:
     """Return the device and the reason for it; without a usable one, exit with 2."""
     if options.device == "cpu":
@@ -269,13 +240,11 @@ def choose_device(options: Options) -> tuple[torch.device, str]:
     if not torch.cuda.is_available():
         if options.demo and options.device == "auto":
             return torch.device("cpu"), "no CUDA GPU, and the demo needs none"
-        stop("no CUDA GPU found; all but --demo and --device cpu need one.",
-             "In Colab: Runtime > Change runtime type > T4 GPU, then run again.",
-             "Without a GPU: python quant_lab.py --demo (the same code, a tiny model).")
-    if torch.cuda.get_device_capability() < (8, 0):
+        stop("no CUDA GPU: --demo and --device cpu need none, and in Colab there is "
+             "Runtime > Change runtime type > T4 GPU")
+    if torch.cuda.get_device_capability() < (8, 0):  # As a T4: too old for Triton.
         if options.dtype == "bfloat16":
             stop("--dtype bfloat16: this GPU only emulates it; take float16")
-        # The Triton kernels of llmcompressor are for later chips than a T4.
         os.environ |= dict(LLMCOMPRESSOR_DISABLE_GPTQ_TRITON="1", CT_ENFORCE_EAGER="1")
     return torch.device("cuda", 0), "the first CUDA GPU"
 
@@ -283,115 +252,85 @@ def choose_device(options: Options) -> tuple[torch.device, str]:
 """## Model and text
 
 From the hub comes only what is needed: the model's safetensors and tokenizer, the test
-split of WikiText, the beginning of UltraChat. Of a Parquet file only the row groups in
-question are read: `load_dataset` would read whole shards, and streaming with it can
-abort on exit (datasets#7566, seen in 5.2). What was read is kept in the hub's cache,
-under `assets/quant_lab`. Code of a model never runs.
+split of WikiText, the beginning of UltraChat. Of Parquet files only the row groups in
+question are read (`load_dataset` reads whole shards, and its streaming can abort on
+exit: datasets#7566) and kept in the hub's cache. Code of a model never runs.
 
-Two texts that share nothing are used. *Calibration* chats, in the model's own chat
-template, are what GPTQ and SmoothQuant look at: 256 conversations, drawn with `--seed`
-from the first 1,024, each cut to 1,024 tokens; your own are a .jsonl or a JSON array,
-also as .gz, of any of these:
+*Calibration* chats, in the model's chat template, are what GPTQ and SmoothQuant look
+at: 256 conversations, drawn with `--seed` from the first 1,024, each cut to 1,024
+tokens; your own are a .jsonl or a JSON array, also as .gz, of any of these:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}
     {"prompt": "...", "completion": "..."}
     {"text": "goes to the tokenizer as it is, without a template"}
 
-A chat that the template refuses, for a system turn or an order of roles, is left out
-and counted. *Evaluation* text is scored. The demo takes both from Python's help: an
-eighth of its topics is held out and scored, the rest calibrates, and trained the tiny
-model (`tests/make_checkpoint.py`)."""
+A chat that the template refuses (over the order of roles, say) is left out and counted.
+*Evaluation* text, which shares nothing with them, is scored. The demo scores an eighth
+of the topics of Python's help; the rest, which trained its model, calibrates."""
 
 # %%
 def find_path(name: str) -> Path | None:
-    """Return the file or folder of this name, here or beside the script, or None."""
-    paths = Path(os.path.expanduser(name)), HERE / name
+    paths = Path(os.path.expanduser(name)), HERE / name  # Here, or beside the script.
     return next(filter(os.path.exists, paths), None)
 
-def tokenize_prompts(tokenizer) -> list[Tensor]:
-    """Return PROMPTS in the chat template, token ids [1, n] each."""
-    return [tokenizer.apply_chat_template(
-        [dict(role="user", content=prompt)], add_generation_prompt=True,
-        return_tensors="pt", return_dict=True).input_ids for prompt in PROMPTS]
-
-def find_obstacle(folder: Path) -> str | None:
-    """Return why a model cannot be measured, and the way out; None if it can."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    names = " ".join([folder.name, *(file.name for file in folder.glob("*"))])
-    known, whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), ".safetensors" in names
-    config = read_json(folder / "config.json")
-    kind = (config.get("architectures") or [None])[0]
-    for holds, obstacle in (
-            ("adapter_config.json" in names, "is a LoRA adapter: merge it into its "
-             "model (PEFT: merge_and_unload) and give that"),
-            ("modules.json" in names, "is an embedding model, it writes no text"),
-            (config.get("quantization_config"),
-             "is quantized already, give the original"),
-            (".gguf" in names and not whole, "is GGUF, give what it was made from"),
-            (not config, "has no config.json (of GGUF, give what it was made from)"),
-            (kind and kind not in str(known), f"is {kind}, no known causal LM"),
-            (not whole, "has no safetensors: load it, save_pretrained, and give that")):
-        if holds:
-            return obstacle
-
-# %%
-def open_model(options: Options) -> tuple[Path, object, int]:
-    """Return a chat model's folder (fetched if need be), tokenizer, context length."""
-    import transformers
+def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
+    """Return folder, tokenizer, context and PROMPTS as ids [1, n], or exit with 2."""
     from huggingface_hub import snapshot_download
-    transformers.logging.set_verbosity_error()  # Warnings quote a model's files.
-    folder = find_path(options.model)
-    if not folder:
-        files = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
-        with usable("--model", options.model, "give a folder, or a hub id and network"):
-            folder = Path(snapshot_download(
-                options.model, ignore_patterns=["*/*", "consolidated*"],
-                allow_patterns=files))
-    if obstacle := find_obstacle(folder):
-        stop(f"--model {options.model}: {obstacle}")
-    with usable("--model", options.model, "give the whole folder of a causal LM"):
-        # On "meta" it takes no memory, but each file is opened and must be whole.
-        transformers.logging.disable_progress_bar()
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+    from transformers import AutoModelForCausalLM, AutoTokenizer, utils
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    utils.logging.set_verbosity_error()  # Warnings quote a model's files.
+    utils.logging.disable_progress_bar()
+    with usable("--model", options.model, "give a causal LM: hub id or whole folder"):
+        folder = find_path(options.model) or Path(snapshot_download(
+            options.model, ignore_patterns=["*/*", "consolidated*"],
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+        names = " ".join(file.name for file in folder.glob("*"))
+        config = read_json(folder / "config.json")
+        kind = (config.get("architectures") or [""])[0]
+        causal = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        for holds, obstacle in (
+                ("adapter_config.json" in names, "a LoRA adapter: merge it first"),
+                ("modules.json" in names, "an embedding model, it writes no text"),
+                (config.get("quantization_config"), "quantized already: use original"),
+                (kind not in causal, f"{kind}, no known causal LM"),
+                (".safetensors" not in names, "no safetensors; of GGUF, give what it "
+                 "was made from; of .bin, load it, save_pretrained, and give that")):
+            if holds:
+                stop(f"--model {options.model}: {obstacle}")
+        model = AutoModelForCausalLM.from_pretrained(  # Opens each file.
             folder, device_map="meta", trust_remote_code=False, use_safetensors=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if options.plain_text:  # Turns without roles, begun as the tokenizer does.
-            begin = tokenizer.decode(list_specials(tokenizer))
-            turns = "{{ messages | map(attribute='content') | join('\n') }}"
-            tokenizer.chat_template = begin + turns
+            tokenizer.chat_template = tokenizer.decode(list_specials(tokenizer)) + (
+                "{{ messages | map(attribute='content') | join('\n') }}")
         if not tokenizer("word").input_ids or not tokenizer.chat_template:
             raise ValueError("no tokenizer or chat template; base models: --plain-text")
-        longest = max(ids.shape[1] for ids in tokenize_prompts(tokenizer))
+        prompts = [tokenizer.apply_chat_template(
+            [dict(role="user", content=prompt)], add_generation_prompt=True,
+            return_tensors="pt", return_dict=True).input_ids for prompt in PROMPTS]
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or 2**31
-    if longest + options.new_tokens > context:
-        stop(f"--new-tokens {options.new_tokens}: with a prompt of {longest} over the "
-             f"model's context of {context}; choose fewer")
-    return folder, tokenizer, context
+    if max(ids.shape[1] for ids in prompts) + options.new_tokens > context:
+        stop(f"--new-tokens {options.new_tokens}: too many for a context of {context}")
+    return folder, tokenizer, context, prompts
 
-def fetch_column(files: str, column: str, rows: int | None = None) -> list:
-    """Return the first rows, or all, of the first Parquet file that a pattern names."""
+# %%
+def fetch(files: str, column: str, rows: int = 2**20) -> list:
+    """Return the first rows of the hub's first Parquet file that a pattern names."""
     from huggingface_hub import HfFileSystem, cached_assets_path
     from pyarrow.parquet import ParquetFile
     kept, hub = cached_assets_path("quant_lab", files) / f"{rows}.json", HfFileSystem()
     if not read_json(kept):
-        first = min(hub.glob(f"datasets/{files}"))
-        with hub.open(first, cache_type="none") as stream:
-            batches = ParquetFile(stream).iter_batches(256, columns=[column])
-            values = (row[column] for batch in batches for row in batch.to_pylist())
-            write_json(kept, {column: list(islice(values, rows))})
+        with hub.open(min(hub.glob(f"datasets/{files}")), cache_type="none") as stream:
+            batch = next(ParquetFile(stream).iter_batches(rows, columns=[column]))
+        write_json(kept, batch.to_pydict())
     return read_json(kept)[column]
 
-# %%
 def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
     """Return a chat's format and its turns, or text as it is; ValueError if unknown."""
-    keys = list(entry) if isinstance(entry, dict) else [type(entry).__name__]
     forms = "messages", "conversations", "prompt completion", "text"
-    form = next((form for form in forms if set(form.split()) <= set(keys)), "")
-    if form == "text" and entry["text"].strip():
-        return form, entry["text"]
+    form = next((form for form in forms if set(form.split()) <= entry.keys()), "")
     chat = []
     for key in form.split():
         part = entry[key]
@@ -406,30 +345,27 @@ def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
                 raise ValueError(f"has a turn of {turn}")
             chat.append(turn | dict(role=role, content=content))
     if not any(turn["content"].strip() for turn in chat):
-        raise ValueError(f"has {', '.join(keys) or 'no keys'}, and no chat")
-    return form, chat
+        raise ValueError(f"has {', '.join(entry) or 'no keys'}, and no chat")
+    return form, entry["text"] if form == "text" else chat
 
 def read_chats(file: Path) -> list:
-    """Return chats of a file, one a line or one JSON array, also gzipped."""
-    kinds, chats = Counter(), []
-    with usable("--calibration-data", file, CHAT_ADVICE):
-        opener = gzip.open if file.suffix == ".gz" else open
-        with opener(file, "rt", encoding="utf-8-sig") as stream:
-            text = stream.read().strip()
-        is_array = text.startswith("[")
-        lines = map(json.dumps, json.loads(text)) if is_array else text.split("\n")
+    """Return chats of a file; ValueError names the line or entry that is none."""
+    forms, chats = Counter(), []
+    data = file.read_bytes()
+    text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
+    unit = "entry" if text.lstrip().startswith("[") else "line"
+    lines = map(json.dumps, json.loads(text)) if unit == "entry" else text.split("\n")
     for number, line in enumerate(lines, 1):
-        where = f"{file}, {'entry' if is_array else 'line'} {number}"
-        with usable("--calibration-data", where, CHAT_ADVICE):
-            if line.strip() or not chats:
-                entry = json.loads(line)
-                try:
-                    form, chat = read_chat(entry)
-                except (AttributeError, KeyError, TypeError):
-                    raise ValueError(f"no chat is in {line[:80]}") from None
-                kinds[form] += 1
-                chats.append(chat)
-    print(f"chats        {', '.join(f'{n} of {form}' for form, n in kinds.items())}")
+        if line.strip():
+            try:
+                form, chat = read_chat(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{unit} {number}: {error}") from None
+            except (AttributeError, KeyError, TypeError):
+                raise ValueError(f"{unit} {number}: no chat: {line[:80]}") from None
+            forms[form] += 1
+            chats.append(chat)
+    print(f"chats        {', '.join(f'{n} of {form}' for form, n in forms.items())}")
     return chats
 
 # %%
@@ -437,15 +373,15 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
     """Return the calibration chats' input_ids and attention_mask, a list of each."""
     source, wanted = options.calibration_data, options.calibration_samples
     length, samples, refused = min(options.calibration_length, context), [], Counter()
-    if source == ULTRACHAT:
-        with usable("--calibration-data", source, "it needs network; or give a file"):
-            chats = fetch_column(f"{source}/data/train_sft-*", "messages", 4 * wanted)
-    else:
-        chats = read_chats(find_path(source) or Path(source))
+    advice = 'give a file of {"messages": [{"role": "user", "content": "..."}, ...]}'
+    with usable("--calibration-data", source, advice):
+        if source == ULTRACHAT:
+            chats = fetch(f"{source}/data/train_sft-*", "messages", 4 * wanted)
+        else:
+            chats = read_chats(find_path(source) or Path(source))
     random.Random(options.seed).shuffle(chats)
     for chat in chats:
-        is_text = isinstance(chat, str)
-        render = tokenizer if is_text else tokenizer.apply_chat_template
+        render = tokenizer if isinstance(chat, str) else tokenizer.apply_chat_template
         try:  # A template may refuse a system turn, or roles in this order.
             ids = render(chat, return_dict=True).input_ids[:length]
             if not ids:
@@ -455,11 +391,11 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
             refused[describe(error)] += 1
         if len(samples) == wanted:
             break
-    why = [f"; the template refused {n}: {x}" for x, n in refused.items()]
+    why = "".join(f"; the template refused {n}: {x}" for x, n in refused.items())
     if not samples:
-        stop(f"--calibration-data {source}: no chat is left{''.join(why)}")
+        stop(f"--calibration-data {source}: no chat is left{why}")
     print(f"calibration  {len(samples)} chats of {source}, {wanted} asked for, "
-          f"{sum(map(len, samples)):,} tokens{''.join(why)}")
+          f"{sum(map(len, samples)):,} tokens{why}")
     return dict(input_ids=samples, attention_mask=[[1] * len(ids) for ids in samples])
 
 def list_specials(tokenizer) -> list[int]:
@@ -469,35 +405,28 @@ def list_specials(tokenizer) -> list[int]:
     return ids[: ids.index(first[0])] if first else []
 
 def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, list]:
-    """Return windows [n, tokens] of the evaluation text, and what each begins with:
-    the ids of list_specials. An unusable text exits with 2."""
-    source, window = options.eval_text, options.window
-    if source == WIKITEXT:
-        with usable("--eval-text", source, "it needs network; or give a text file"):
-            rows = fetch_column(f"{source}/wikitext-2-raw-v1/test-*", "text")
-            text = "\n\n".join(rows)
-    else:
-        with usable("--eval-text", source, "give a UTF-8 text"):
+    """Return windows [n, tokens] of the text and the ids that begin each, or exit."""
+    source, window, begin = options.eval_text, options.window, list_specials(tokenizer)
+    with usable("--eval-text", source, "give a text file in UTF-8"):
+        if source == WIKITEXT:
+            text = "\n\n".join(fetch(f"{source}/wikitext-2-raw-v1/test-*", "text"))
+        else:
             text = (find_path(source) or Path(source)).read_text("utf-8-sig")
     ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    begin = list_specials(tokenizer)
     size = window - len(begin)
     if window > context or not 0 < size <= len(ids):
-        stop(f"--window {window}: too large for the model's context, {context} tokens, "
-             f"or --eval-text {source}, {len(ids)}; take a smaller one or more text")
-    parts = torch.tensor(ids).unfold(0, size, size)[: options.max_windows or None]
-    print(f"evaluation   {source}: {len(ids):,} tokens, "
-          f"{len(parts)} windows of {window}")
-    begins = torch.tensor([begin] * len(parts), dtype=torch.long)
-    return torch.cat([begins, parts], 1), begin
+        stop(f"--window {window}: at most {context} (context) or {len(ids)} ({source})")
+    at = range(0, len(ids) - size + 1, size)[: options.max_windows or None]
+    windows = torch.tensor([begin + ids[i : i + size] for i in at])
+    print(f"evaluation   {source}: {len(ids):,} tokens, {len(at)} windows of {window}")
+    return windows, begin
 
 # %% [markdown]
 """## Quantize
 
-Six beats: load the model, build the recipe, `oneshot`, save, hash, rename.
-Each modifier of a [llmcompressor](https://docs.vllm.ai/projects/llm-compressor) recipe
-takes its own pass over the calibration chats, layer by layer; the baseline has none. In
-`lab` is what the runs share: options, device, model, texts, rows (see `set_up`).
+Six beats: load the model, build the recipe, `oneshot`, save, hash, rename. Each
+modifier of a [llmcompressor](https://docs.vllm.ai/projects/llm-compressor) recipe takes
+its own pass over the chats, layer by layer. `lab` is what runs share (see `set_up`).
 
 - **MB, size**: bytes of the safetensors, in units of 10^6, and over the baseline's. A
   small model does not become four times smaller in four bits: its embedding, more than
@@ -505,28 +434,28 @@ takes its own pass over the calibration chats, layer by layer; the baseline has 
 - **quantize s**: the recipe with its calibration, without loading and saving. With
   SmoothQuant or AWQ it includes the proof that smoothing changed nothing.
 
-Where GPTQ cannot invert a layer's matrix, llmcompressor rounds that layer to nearest
-and says so in a line of its log. It is counted, and the verdict warns of it. What else
-is worth a word stands in the row's `notes`, and the verdict repeats it: groups other
-than of 128, Linears that stay 16-bit, weights that do not run packed. A checkpoint is
-refused if transformers does not read every weight of it again: what it left out, it
-would not measure."""
+Layers whose matrix GPTQ cannot invert are rounded to nearest: they are counted from
+llmcompressor's log, and the verdict warns of them. It repeats a row's `notes`: groups
+other than of 128, Linears that stay 16-bit, weights that do not run packed. A
+checkpoint is refused if transformers does not read every weight of it again."""
 
 # %%
 def build_recipe(label: str, options: Options) -> list:
     from llmcompressor.modifiers import gptq, quantization, transform
-    modifiers = vars(gptq) | vars(quantization) | vars(transform)
-    return VARIANTS[label].recipe(SimpleNamespace(**modifiers), options)
+    modifiers = SimpleNamespace(**vars(gptq) | vars(quantization) | vars(transform))
+    scheme, recipe, _ = VARIANTS[label]
+    if recipe:
+        return recipe(modifiers, options)
+    return [modifiers.QuantizationModifier(scheme=scheme, **LINEAR)]
 
 def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     """Write `checkpoints/<label>` and return its part of the row."""
     from datasets import Dataset
     from llmcompressor import oneshot
-    variant, folder = VARIANTS[label], lab.output / "checkpoints" / label
-    unfinished, seconds = folder.with_suffix(".partial"), 0.0
-    row = dict(notes=[])
-    shutil.rmtree(unfinished, ignore_errors=True)
-    chats = Dataset.from_dict(lab.samples) if variant.calibrated else None
+    folder = lab.output / "checkpoints" / label
+    draft, row = folder.with_suffix(".partial"), dict(notes=[], quantize_seconds=0)
+    shutil.rmtree(draft, ignore_errors=True)
+    chats = Dataset.from_dict(lab.samples) if VARIANTS[label].calibrated else None
     torch.manual_seed(lab.options.seed)
     model = place_model(lab.model_folder, lab.options, torch.device("cpu"))
     recipe = build_recipe(label, lab.options)
@@ -538,44 +467,39 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
                 oneshot(model=model, recipe=recipe, processor=lab.tokenizer,
                         dataset=chats, num_calibration_samples=None,
                         shuffle_calibration_samples=False)
-            seconds = now() - start
-        model.save_pretrained(unfinished)  # Adds recipe.yaml from the session.
+            row["quantize_seconds"] = now() - start
+        model.save_pretrained(draft)  # Adds recipe.yaml from the session.
     if recipe:
-        config = read_json(unfinished / "config.json")
+        config = read_json(draft / "config.json")
         form = config.get("quantization_config", dict(format="dense"))
         if form["format"] == "dense":
             raise ValueError("compressed-tensors packed no Linear layer of this model")
         kept = [name for name, module in model.named_modules() if isinstance(
             module, torch.nn.Linear) and not hasattr(module, "quantization_scheme")]
-        # By names in memory; those of the file may differ.
-        form["ignore"] = sorted({*form["ignore"], *kept})
-        write_json(unfinished / "config.json", config)
+        form["ignore"] = sorted({*form["ignore"], *kept})  # By names in memory.
+        write_json(draft / "config.json", config)
         if others := [name for name in kept if name != "lm_head"]:
             row["notes"] += [f"{len(others)} Linears stay 16-bit, as {others[0]}"]
-    lab.tokenizer.save_pretrained(unfinished)
+    lab.tokenizer.save_pretrained(draft)
     if lab.options.plain_text:  # The template is not the model's own.
-        (unfinished / "chat_template.jinja").unlink(missing_ok=True)
+        (draft / "chat_template.jinja").unlink(missing_ok=True)
     failed = re.findall(r"inversion failed for (\d+)/", "".join(log))
-    row |= dict(
-        quantize_seconds=seconds, rtn_fallbacks=sum(map(int, failed)),
-        weight_bytes=sum(f.stat().st_size for f in unfinished.glob("*.safetensors")),
-        checkpoint=f"checkpoints/{label}")
-    write_json(unfinished / "quant_lab.json", dict(
-        row=row, fingerprint=lab.marks[label], files=hash_files(unfinished)))
+    row |= dict(rtn_fallbacks=sum(map(int, failed)), checkpoint=f"checkpoints/{label}")
+    row["weight_bytes"] = sum(f.stat().st_size for f in draft.glob("*.safetensors"))
+    write_json(draft / "quant_lab.json", dict(
+        row=row, fingerprint=lab.marks[label], files=hash_files(draft)))
     shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)  # In one step: a checkpoint is there or it is not.
+    draft.rename(folder)  # In one step: a checkpoint is there or it is not.
     return row
 
-# %%
 def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
     """Return its part of the row if a checkpoint is there, complete and unaltered."""
     folder = lab.output / "checkpoints" / label
     note = read_json(folder / "quant_lab.json")
-    if note.get("fingerprint") != lab.marks[label]:
-        return None
-    if note["files"].items() <= hash_files(folder).items():
-        return note["row"]
-    print(f"{label}: its checkpoint was cut off or altered, and is made again")
+    if note and note["fingerprint"] == lab.marks[label]:
+        if note["files"].items() <= hash_files(folder).items():
+            return note["row"]
+        print(f"{label}: its checkpoint was cut off or altered, and is made again")
     return None
 
 # %% [markdown]
@@ -2100,8 +2024,7 @@ def set_up(words: list[str]) -> SimpleNamespace:
     lab = SimpleNamespace(options=options, samples={}, reference=None)
     lab.device, reason = choose_device(options)
     print(f"device       {lab.device}: {reason}", flush=True)
-    lab.model_folder, lab.tokenizer, lab.context = open_model(options)
-    lab.prompts = tokenize_prompts(lab.tokenizer)
+    lab.model_folder, lab.tokenizer, lab.context, lab.prompts = open_model(options)
     lab.windows, lab.begin = load_evaluation(options, lab.tokenizer, lab.context)
     lab.unscored = max(1, len(lab.begin))  # Tokens at the begin of a window.
     if any(VARIANTS[label].calibrated for label in options.variants):

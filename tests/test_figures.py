@@ -85,14 +85,14 @@ def place_lab(folder, ids=None, **changes):
     Without ids, the windows are those that the lab makes of the evaluation text.
     """
     options = quant_lab.Options(**dict(model=str(folder), dtype="float32") | changes)
-    folder, tokenizer, context = quant_lab.open_model(options)
+    folder, tokenizer, context, prompts = quant_lab.open_model(options)
     windows, begin = ((cut(ids, options.window, options.max_windows), [])
                       if ids is not None else
                       quant_lab.load_evaluation(options, tokenizer, context))
     return SimpleNamespace(
         options=options, device=torch.device("cpu"), windows=windows, begin=begin,
         unscored=max(1, len(begin)), model_folder=folder, tokenizer=tokenizer,
-        prompts=quant_lab.tokenize_prompts(tokenizer))
+        prompts=prompts)
 
 
 def measure(lab, folder):

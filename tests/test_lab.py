@@ -445,8 +445,7 @@ def test_adding_the_control_measures_nothing_again(run_script, quick, finished):
 def test_a_new_entry_only_adds_its_row(lab, finished, monkeypatch):
     """A recipe is one entry, also in a finished folder."""
     before = read_rows(finished)
-    monkeypatch.setitem(quant_lab.VARIANTS, "mine", quant_lab.Variant(
-        "W8A16", lambda m, o: [m.QuantizationModifier(scheme="W8A16", **quant_lab.LINEAR)]))
+    monkeypatch.setitem(quant_lab.VARIANTS, "mine", quant_lab.Variant("W8A16"))
     rows = run_all(lab("--variants", "mine"))["variants"]
     assert rows[:4] == before and rows == read_rows(finished)
     assert [(row["label"], row["status"]) for row in rows[4:]] == [("mine", "ok")]
@@ -456,16 +455,10 @@ def test_a_new_entry_only_adds_its_row(lab, finished, monkeypatch):
 # Recipes on request: each is measured right, or its row says why it is not.
 
 
-def recipe(scheme, **named):
-    """Return an entry of VARIANTS that rounds to nearest in a scheme."""
-    return quant_lab.Variant(scheme, lambda m, o: [
-        m.QuantizationModifier(scheme=scheme, **named, **quant_lab.LINEAR)])
-
-
 REQUESTED = {
-    "fp8_static": recipe("FP8")._replace(calibrated=True), "w8a16": recipe("W8A16"),
-    "w4a16_asym": recipe("W4A16_ASYM"), "nvfp4a16": recipe("NVFP4A16"),
-    "fp8_block": recipe("FP8_BLOCK")}
+    "fp8_static": quant_lab.Variant("FP8", calibrated=True),
+    "w8a16": quant_lab.VARIANTS["w8a16"], "fp8_block": quant_lab.VARIANTS["fp8_block"],
+    "w4a16_asym": quant_lab.Variant("W4A16_ASYM"), "nvfp4a16": quant_lab.Variant("NVFP4A16")}
 
 
 def test_a_row_stays_while_its_entry_is_away(lab, finished, monkeypatch):
@@ -493,7 +486,7 @@ def requested(small, texts, tmp_path_factory, quick_collection):
     """Run the recipes on request, one that cannot be built, and AWQ, which wants a GPU."""
     folder = tmp_path_factory.mktemp("requested")
     with pytest.MonkeyPatch.context() as patch:
-        for label, variant in {"broken": recipe("NOPE"), **REQUESTED}.items():
+        for label, variant in {"broken": quant_lab.Variant("NOPE"), **REQUESTED}.items():
             patch.setitem(quant_lab.VARIANTS, label, variant)
         return run_words(folder, small, texts, "--variants", "broken", "awq", *REQUESTED)
 
@@ -774,7 +767,7 @@ def test_a_variant_that_overflows_alone_fails_alone(lab, monkeypatch):
 
 
 def test_a_recipe_that_quantizes_nothing_fails(lab, monkeypatch):
-    nothing = quant_lab.Variant("FP8_DYNAMIC", lambda m, o: [
+    nothing = quant_lab.Variant("FP8_DYNAMIC", lambda m, *_: [
         m.QuantizationModifier(scheme="FP8_DYNAMIC", targets="Conv2d")])
     monkeypatch.setitem(quant_lab.VARIANTS, LABELS[1], nothing)
     build = lab("--variants", LABELS[1])

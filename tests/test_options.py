@@ -249,7 +249,7 @@ def test_a_number_out_of_its_limits_is_refused_with_them(
 def test_no_gpu(run_script, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = run_script(*words)
-    refused(run, "Colab", "T4", "--demo", lines=3)
+    refused(run, "Colab", "T4", "--demo")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -386,7 +386,7 @@ def test_model_folder_that_cannot_be_used(run_script, quick, small, tmp_path, da
 
 
 @pytest.mark.parametrize("content, says", [
-    ("", "line 1"), ("\n\n", "line 1"), ("[]", "no chat"),
+    ("", "no chat"), ("\n\n", "no chat"), ("[]", "no chat"),
     ('{"messages": [{"role": "user", "content": "hi"}]}\nnot json', "line 2"),
     ('{"text": "hi"}\n{"text": " "}', "line 2"), ('["hi"]', "entry 1"),
     ('{"messages": []}', "line 1"), ('{"messages": ["hi"]}', "line 1"),
@@ -456,7 +456,7 @@ def test_help_is_the_title_and_names_every_option(run_script):
 
 def test_calibration_is_shuffled_templated_cut_and_counted(
         small, texts, tmp_path, capsys):
-    _, tokenizer, _ = quant_lab.open_model(quant_lab.Options(model=str(small)))
+    tokenizer = quant_lab.open_model(quant_lab.Options(model=str(small)))[1]
     chats = [json.loads(line)["messages"]
              for line in (texts / "chats.jsonl").read_text().split("\n")]
 
@@ -594,7 +594,7 @@ PICKY = """{% if messages[0].role == "system" %}{{ raise_exception("no system tu
 
 
 def test_chats_that_the_template_refuses_are_skipped_and_counted(small, tmp_path, capsys):
-    _, tokenizer, _ = quant_lab.open_model(quant_lab.Options(model=str(small)))
+    tokenizer = quant_lab.open_model(quant_lab.Options(model=str(small)))[1]
     tokenizer.chat_template = PICKY
     good = [{"messages": chat[1:]} for chat in PLAIN[:2]]
     bad = [{"messages": PLAIN[2]}, {"messages": PLAIN[3][1:2] * 2}, {"messages": PLAIN[3][2:3]}]
