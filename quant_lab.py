@@ -448,6 +448,7 @@ def build_recipe(label: str, options: Options) -> list:
         return recipe(modifiers, options)
     return [modifiers.QuantizationModifier(scheme=scheme, **LINEAR)]
 
+# %%
 def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     """Write `checkpoints/<label>` and return its part of the row."""
     from datasets import Dataset
