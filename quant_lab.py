@@ -1664,14 +1664,13 @@ def multiply(kind: str, x: Tensor, weight: Tensor, scale: Tensor | None,
     """Return x [n, in] times a packed weight, scaled, plus bias; n > 1: INT8 only."""
     tokens, outputs = len(x), len(weight)
     y = x.new_empty(tokens, outputs, dtype=dtype)
-    if tokens > 1:  # The tile of a program, its warps and stages.
-        m, n, block, warps, stages = (
-            (16, 32, 256, 4, 4) if tokens <= 16 else (32, 32, 256, 4, 4) if tokens <= 64
-            else (64, 128, 128, 4, 4) if tokens * outputs <= 2**21
-            else (128, 128, 128, 4, 3))
+    if tokens > 1:  # The tile of a program, and its stages.
+        m, n, block, stages = (
+            (16, 32, 256, 4) if tokens <= 16 else (32, 32, 256, 4) if tokens <= 64 else
+            (64, 128, 128, 4) if tokens * outputs <= 2**21 else (128, 128, 128, 3))
         int8_kernel[(triton.cdiv(tokens, m), triton.cdiv(outputs, n))](
             x, weight, scale, x_scale, bias, y, tokens, outputs, x.shape[1], m, n,
-            block, num_warps=warps, num_stages=stages)
+            block, num_stages=stages)
         return y
     if kind == "int8":  # Four in a word.
         x, weight = x.view(torch.int32), weight.view(torch.int32)
