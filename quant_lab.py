@@ -436,7 +436,7 @@ its own pass over the chats, layer by layer. `lab` is what runs share (see `set_
 
 Layers whose matrix GPTQ cannot invert are rounded to nearest: they are counted from
 llmcompressor's log, and the verdict warns of them. It repeats a row's `notes`: groups
-other than of 128, Linears that stay 16-bit, weights that do not run packed. A
+other than of 128, Linears that stay 16-bit. A
 checkpoint is refused if transformers does not read every weight of it again."""
 
 # %%
@@ -839,19 +839,16 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
 """## Rows
 
 A variant goes from recipe to row in three steps, each from a fresh load: quantized,
-scored, timed. One that fails leaves a row with its reason, and the others go on; where
-only timing fails, quality stays, and `runs_as` has the reason. Files are written after
-each row, and the same command goes on where it was. A folder holds results of *one* set
-of options, model files, texts, rendered prompts, recipes, versions, machine and number
-of threads: what was measured under different conditions never meets in a table. Where
-anything differs the run is refused and names it. Other changes of the script go
-unnoticed: `--fresh`.
+scored, timed. One that fails leaves a row with its reason; where only timing fails,
+quality stays. Files are written after each row. A folder holds results of *one* set of
+options, model files, texts, rendered prompts, versions, machine and number of threads:
+a run that differs is refused and told by what. A row is measured again where only its
+recipe changed; other changes of the script go unnoticed: `--fresh`.
 
 Each compiled variant is timed in a process of its own: on an H100 the first model that
-a process compiles decodes some 14 % faster than each later one, the same model again
-included, and why is not known. A notebook has but one process, and `runs_as` says so;
-where compiling fails, the variant is timed uncompiled, and `runs_as` says that.
-**compile s**: with warm-up and recording, for all batch sizes."""
+a process compiles decodes some 14 % faster than each later one, why is not known. A
+notebook has but one process; where compiling fails, the variant is timed uncompiled:
+`runs_as` says so. **compile s**: with warm-up and recording, for all batch sizes."""
 
 # %%
 ROW = dict.fromkeys("""
@@ -861,79 +858,72 @@ ROW = dict.fromkeys("""
     load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
     decode_tok_s decode copy_bandwidth prompt_tokens runs_as fingerprint""".split())
 SCHEMA = 4  # Raised when keys go or measuring changes: older results are refused.
-MAY_DIFFER = "--variants", "--output-dir", "--fresh", "memory_bytes"
+MAY_DIFFER = "variants", "output_dir", "fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     """Return the head of results.json: all that shapes a figure."""
-    options, prompts = lab.options, [ids.tolist() for ids in lab.prompts]
-    is_local, chats = find_path(options.model), find_path(options.calibration_data)
+    name, chats = lab.options.model, find_path(lab.options.calibration_data)
+    base, prompts = None if find_path(name) else name, [x.tolist() for x in lab.prompts]
     inputs = dict(model_files=fingerprint(hash_files(lab.model_folder)),
                   eval_tokens=fingerprint(lab.windows.tolist()),
                   window_begin=lab.tokenizer.decode(lab.begin),
                   prompts_in_the_chat_template=fingerprint(prompts),
                   chats=chats and fingerprint(hash_files(chats)))
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
-    for package in ("torch transformers llmcompressor compressed_tensors accelerate "
-                    "datasets tokenizers safetensors").split():
+    for package in "torch", "transformers", "llmcompressor", "compressed_tensors":
         versions[package] = importlib.metadata.version(package)
-    name = lab.model_folder.resolve().name if is_local else options.model
-    return dict(
-        schema=SCHEMA, command=["python", "quant_lab.py", *words], model_name=name,
-        base_model=None if is_local else name, machine=describe_machine(lab.device),
-        config=json.loads(json.dumps(asdict(options))), inputs=inputs,
-        versions=versions)
-
-def mark_variants(lab: SimpleNamespace) -> dict[str, str]:
-    """Return a fingerprint a label, of its recipe and all else that shapes its row."""
-    marks = dict.fromkeys(VARIANTS)
-    for label, variant in VARIANTS.items():
-        with contextlib.suppress(Exception):  # Its row will fail for the same reason.
-            recipe = repr(build_recipe(label, lab.options))
-            marks[label] = fingerprint(
-                SCHEMA, list_conditions(lab.head), recipe, variant.calibrated)
-    return marks
-
-def list_conditions(head: dict) -> dict:
-    """Return what must not differ between the rows of a folder, by name."""
-    conditions = {"--" + name.replace("_", "-"): x
-                  for name, x in head["config"].items()}
-    conditions |= head["inputs"] | head["machine"] | head["versions"]
-    return {name: x for name, x in conditions.items() if name not in MAY_DIFFER}
-
-def take_over(lab: SimpleNamespace) -> dict[str, dict]:
-    """Return the finished rows of results.json; refuse those of other conditions."""
-    output, way_out = lab.output, "another --output-dir keeps, --fresh drops"
-    file = output / "results.json"
-    if not file.exists():
-        return {}
-    before = read_json(file)
-    if before.get("schema") != SCHEMA:
-        stop(f"--output-dir {output}: old or broken results.json; {way_out} it")
-    rows = {row["label"]: row for row in before["variants"] if row["status"] == "ok"}
-    old, new = list_conditions(before), list_conditions(lab.head)
-    for name in new if rows else ():
-        if old.get(name) != new[name]:
-            stop(f"--output-dir {output}: its finished rows were measured with {name} "
-                 f"{old.get(name)}, not {new[name]}; {way_out} them")
-    return {label: row for label, row in rows.items()
-            if row["fingerprint"] == lab.marks.get(label, row["fingerprint"])}
+    cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
+    machine = dict(name=f"{[*cpus, platform.machine()][0]}, {os.cpu_count()} cores",
+                   device=lab.device.type, threads=torch.get_num_threads(), driver=None,
+                   compute_capability=None, memory_bytes=psutil.virtual_memory().total)
+    if lab.device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(lab.device)
+        query = "nvidia-smi -i 0 --query-gpu=driver_version --format=csv,noheader"
+        machine |= dict(name=gpu.name, memory_bytes=gpu.total_memory,
+                        compute_capability=f"{gpu.major}.{gpu.minor}",
+                        driver=subprocess.getoutput(query))
+    return dict(command=["python", "quant_lab.py", *words], schema=SCHEMA,
+                base_model=base, model_name=base or lab.model_folder.resolve().name,
+                config=json.loads(json.dumps(asdict(lab.options))), inputs=inputs,
+                machine=machine, versions=versions)
 
 # %%
+def take_over(lab: SimpleNamespace) -> None:
+    """Set lab.marks, a fingerprint a label, and lab.rows, those finished before."""
+    file, way_out = lab.output / "results.json", "another keeps, --fresh drops"
+    before = read_json(file)
+    conditions = [(part, name, x) for part in "config inputs machine versions".split()
+                  for name, x in lab.head[part].items() if name not in MAY_DIFFER]
+    if file.exists() and before.get("schema") != SCHEMA:
+        stop(f"--output-dir {lab.output}: old or broken results.json; {way_out} it")
+    rows = [row for row in before.get("variants", ()) if row["status"] == "ok"]
+    for part, name, new in conditions if rows else ():
+        if (old := before[part].get(name)) != new:
+            stop(f"--output-dir {lab.output}: its finished rows were measured with "
+                 f"{name} {old}, not {new}; {way_out} them")
+    lab.marks = dict.fromkeys(VARIANTS, "no recipe")
+    for label, variant in VARIANTS.items():
+        with contextlib.suppress(Exception), libraries_to(lab.output / "log.txt"):
+            recipe = repr(build_recipe(label, lab.options)), variant.calibrated
+            lab.marks[label] = fingerprint(SCHEMA, conditions, recipe)
+    lab.rows = {row["label"]: row for row in rows
+                if lab.marks.get(row["label"]) in (row["fingerprint"], None)}
+
 def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
     """Say how the weights run: what of them not packed, then routes by phase."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)
               and (m.kind != "dense" or label == BASELINE)]  # lm_head says nothing.
     if not packed:
         return " · ".join(model.unpacked) or DTYPES[options.dtype]
-    phases = dict(prefill=prompt_tokens, decode=1)
-    phases |= {f"batch {n}": n for n in options.batch_sizes[1:]}
-    phases_by_routes = {}
-    for phase, tokens in phases.items():
-        routes = " and ".join(sorted({m.describe_route(tokens) for m in packed}))
-        phases_by_routes.setdefault(routes, []).append(phase)
-    return " · ".join(model.unpacked + [f"{', '.join(phases)} {routes}"
-                                        for routes, phases in phases_by_routes.items()])
+    phases, tokens = {}, dict(prefill=prompt_tokens, decode=1)
+    tokens |= {f"batch {n}": n for n in options.batch_sizes[1:]}
+    for phase, n in tokens.items():
+        routes = " and ".join(sorted({m.describe_route(n) for m in packed}))
+        phases.setdefault(routes, []).append(phase)
+    said = [f"{', '.join(phases[routes])} {routes}" for routes in phases]
+    return " · ".join(model.unpacked + said)
 
+# %%
 def time_variant(label, output, prompts: Tensor, options, device, compiled) -> dict:
     with libraries_to(output / "log.txt"):
         model = place_model(output / "checkpoints" / label, options, device)
@@ -942,61 +932,55 @@ def time_variant(label, output, prompts: Tensor, options, device, compiled) -> d
 
 def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
     """Return speed and memory of a checkpoint: compiled, else not, else the reason."""
-    options, cuda, reasons = lab.options, lab.device.type == "cuda", []
+    options, ways, reasons = lab.options, ["not compiled"], []
     length = min(512, lab.context - options.new_tokens)  # A shorter text is repeated.
     ids, count = lab.windows[:, lab.unscored :].flatten(), max(options.batch_sizes)
     prompts = ids[torch.arange(length * count) % len(ids)].view(count, length)
-    time_it = partial(time_variant, label, lab.output, prompts, options, lab.device)
-    can_compile = cuda and packs and not options.no_compile
-    for compiled in (True, False) if can_compile else (False,):
-        apart = compiled and not IN_NOTEBOOK
-        how = "compiled" if compiled else "not compiled"
-        how += ", in a process with the others" if compiled and IN_NOTEBOOK else ""
+    if lab.device.type == "cuda" and packs and not options.no_compile:
+        ways.insert(0, "compiled, in a process with the others" if IN_NOTEBOOK
+                    else "compiled")
+    for how in ways:
+        time_it = partial(time_variant, label, lab.output, prompts, options, lab.device,
+                          how != "not compiled")
         try:
-            speed = run_apart(partial(time_it, True)) if apart else time_it(compiled)
+            speed = run_apart(time_it) if how == "compiled" else time_it()
             return speed | dict(runs_as=" · ".join([speed["runs_as"], how, *reasons]))
         except Exception as error:
             traceback.print_exc()  # Goes to the log.
             reasons.append(f"{how}, it failed: {quote(describe(error))}")
     return dict(runs_as=f"speed was not measured: {'; '.join(reasons)}")
 
-# %%
 def run_variant(label: str, lab: SimpleNamespace) -> None:
     """Take a variant from recipe to row, unless it is finished; write and show it."""
     if label in lab.options.variants:
-        checkpoint = read_checkpoint(label, lab)
-        if label in lab.rows and checkpoint:
-            print(f"{label} was finished before", flush=True)
-        else:
-            lab.rows[label] = measure_row(label, lab, checkpoint)
+        if label not in lab.rows or not read_checkpoint(label, lab):
+            lab.rows[label] = measure_row(label, lab)
         write_outputs(lab)
     show(render_result(label, collect_results(lab)))
 
-def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> dict:
+# %%
+def measure_row(label: str, lab: SimpleNamespace) -> dict:
     """Return a variant's row; its status is "failed" if anything went wrong."""
     folder, start = lab.output / f"checkpoints/{label}", now()
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
                      fingerprint=lab.marks[label])
     out, steps = sys.stdout, []  # Below, sys.stdout is the log.
-
     def say(step: str) -> None:
         steps.append(step)
         print(f"{label:20} {now() - start:6,.0f} s  {step}", file=out, flush=True)
-
     with libraries_to(lab.output / "log.txt"):
         try:
             if lab.reference is None:
                 say("scoring the reference")
                 lab.reference = measure_reference(lab)
             say("quantizing")
-            row |= checkpoint or quantize_variant(label, lab)
+            row |= read_checkpoint(label, lab) or quantize_variant(label, lab)
             say("scoring")
             begin = now()
             model = place_model(folder, lab.options, lab.device)
             row["load_seconds"] = now() - begin
             row |= measure_quality(model, lab)
             row["weights_memory_bytes"] = held_bytes(model)
-            row["notes"] = [*(row["notes"] or ()), *model.unpacked]
             packs, model = model.packs, None  # Two may not fit.
             free_memory()
             say("timing")
@@ -1012,115 +996,96 @@ def measure_row(label: str, lab: SimpleNamespace, checkpoint: dict | None) -> di
 # %% [markdown]
 """## Tables and verdict
 
-Whatever is shown is rendered from `results.json`. ± is half the interval; where it is
-lopsided, its ends stand in brackets, as do those of a timing. –: not measured.
+± is half the interval; where it is lopsided, its ends stand in brackets, as do those of
+a timing. –: not measured.
 
-A run shows at once five figures beside the baseline's, with their ratios, and then how
-it ran (`runs_as`), since a figure of a format that was dequantized says little about
-that format, and one completion of each. Read it: a model can keep its perplexity and
-lose the thread. Batches and prefill stand in the tables, and often rank the formats
-otherwise: read the column that is like your traffic.
+A run shows five figures beside the baseline's, their ratios, how it ran (`runs_as`), as
+a format that was dequantized tells little about itself, and one completion of each:
+read it, a model can keep its perplexity and lose the thread. Batches and prefill often
+rank the formats otherwise: read the column like your traffic.
 
 The verdict names a variant best where its range, widened by 1 %, shares no value with
 another's, else several. By KLD they are compared window by window, as all score the
-same tokens: the interval of the difference decides, which is narrower than either's
-own. All runs of a row follow each other: the range shows the jitter of one process, not
-what another day or a warm GPU would add."""
+same tokens: the interval of the difference decides, narrower than either's own. All
+runs of a row follow each other: the range shows the jitter of one process, not what
+another day or a warm GPU would add."""
 
 # %%
-# Title, key (after @, of a batch size), digits, unit if not 1.
-QUALITY = (
-    ("MB", "weight_bytes", 1, 1e-6), ("perplexity", "perplexity_interval", 2),
-    ("ratio", "perplexity_ratio", 4), ("KLD", "kld", 5),
-    ("top-1 %", "top1_agreement", 1), ("tokens", "divergence", 0))
-SPEED = (
-    ("TTFT ms", "ttft_s", 1, 1000), ("latency s", "latency_s", 3),
-    ("tokens/s", "decode_tok_s", 1), ("bandwidth %", "bandwidth_fraction@1", 0, 100))
-COST = (
-    ("size", "size_ratio", 3), ("weights MB", "weights_memory_bytes", 1, 1e-6),
-    ("peak MB", "peak_memory_bytes", 1, 1e-6), ("quantize s", "quantize_seconds", 1),
-    ("load s", "load_seconds", 1), ("compile s", "compile_seconds", 1))
+Figure = namedtuple("Figure", "word middle low high ranged noisy", defaults=[None] * 5)
+# Title, key (after @, of a batch size), digits, unit.
+QUALITY = (("MB", "weight_bytes", 1, 1e-6), ("ratio", "perplexity_ratio", 4, 1),
+           ("perplexity", "perplexity_interval", 2, 1), ("KLD", "kld", 5, 1),
+           ("top-1 %", "top1_agreement", 1, 1), ("tokens", "divergence", 0, 1))
+SPEED = (("tokens/s", "tok_s@1", 1, 1), ("bandwidth %", "bandwidth_fraction@1", 0, 100),
+         ("TTFT ms", "ttft_s", 1, 1000), ("latency s", "latency_s", 3, 1))
+COST = (("weights MB", "weights_memory_bytes", 1, 1e-6), ("size", "size_ratio", 3, 1),
+        ("peak MB", "peak_memory_bytes", 1, 1e-6), ("load s", "load_seconds", 1, 1),
+        ("quantize s", "quantize_seconds", 1, 1),
+        ("compile s", "compile_seconds", 1, 1))
 
-def read_figure(row: dict, key: str):
-    """Return a figure of a row, after @ of a batch; None if there is none, or "OOM"."""
-    name, _, batch = key.partition("@")
-    if not batch:
-        return row[name]
-    entry = next((e for e in row["decode"] or () if e["batch"] == int(batch)), {})
-    return entry.get("error") or entry.get(name)
+def read_figure(row: dict, key: str) -> Figure:
+    """Return a figure of a row, or a word that says why there is none."""
+    figures = row | {f"{name}@{one['batch']}": one.get("error") or x
+                     for one in row["decode"] or () for name, x in one.items()}
+    x = figures.get(key)
+    if x is None or isinstance(x, str):
+        return Figure(x or ("failed" if row["status"] == "failed" else "–"))
+    x = x if isinstance(x, dict) else dict(value=x, low=x, high=x)
+    middle, low, high = list(x.values())[:3]
+    noisy = "samples" in x and high > NOISE_LIMIT * low
+    return Figure("", middle, low, high, "min" in x, noisy)
 
-def is_noisy(figure) -> bool:
-    """Say whether a figure is a timing with samples too far apart to rank it."""
-    return (isinstance(figure, dict) and "samples" in figure
-            and figure["max"] > NOISE_LIMIT * figure["min"])
-
-def format_figure(value: float | dict, digits: int, unit: float = 1) -> str:
-    """Write a figure; of a noisy timing, which cannot be ranked, only its range."""
-    if not isinstance(value, dict):
-        value *= unit
-        return f"{value:.1e}" if abs(value) > 1e8 else (
-            f"{value:,.{digits if abs(value) < 1000 else 0}f}")
-    write = partial(format_figure, digits=digits, unit=unit)
-    middle, low, high = list(value.values())[:3]  # All figures begin with these.
-    if low is None:
-        return write(middle)
+def render_cell(row: dict, column: tuple) -> str:
+    """Return a figure as text; of a noisy timing, which has no rank, only its range."""
+    _, key, digits, unit = column
+    word, middle, low, high, ranged, noisy = read_figure(row, key)
+    def write(x: float) -> str:
+        x *= unit
+        places = digits if abs(x) < 1000 else 0
+        return f"{x:,.{places}f}" if abs(x) < 1e8 else f"{x:.1e}"
+    if word or low is None or low == high:
+        return word or write(middle)
     ends = f"{write(low)}–{write(high)}"
-    if is_noisy(value):
+    if noisy:
         return f"{ends} noisy"
-    if "min" in value or abs(high + low - 2 * middle) > 0.25 * (high - low):
+    if ranged or abs(high + low - 2 * middle) > 0.25 * (high - low):
         return f"{write(middle)} ({ends})"
     return f"{write(middle)} ± {write((high - low) / 2)}"
 
 # %%
-def render_cell(row: dict, column: tuple) -> str:
-    figure = read_figure(row, column[1])
-    if figure is None:
-        return "failed" if row["status"] == "failed" else "–"
-    return figure if figure == "OOM" else format_figure(figure, *column[2:])
-
-def align_table(lines: list[list[str]]) -> str:
-    """Return a Markdown table, aligned for the terminal; the first line is its head."""
-    first, *others = [max(map(len, column)) for column in zip(*lines)]
-    rule, aligned = ["-" * first, *("-" * (width - 1) + ":" for width in others)], []
-    for name, *cells in (lines[0], rule, *lines[1:]):
-        cells = [cell.rjust(width) for cell, width in zip(cells, others)]
-        aligned.append(f"| {' | '.join([name.ljust(first), *cells])} |")
-    return "\n".join(aligned)
+def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> str:
+    lines = [["variant", *(title for title, *_ in columns)]]
+    lines += [[row["label"], *(render_cell(row, x) for x in columns)] for row in rows]
+    first, *widths = [max(map(len, cells)) for cells in zip(*lines, *more)]
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in widths)])
+    return "\n".join(
+        f"| {' | '.join([name.ljust(first), *map(str.rjust, cells, widths)])} |"
+        for name, *cells in (*lines, *more))
 
 def render_tables(results: dict, rows: list[dict]) -> str:
-    config, new = results["config"], results["config"]["new_tokens"]
+    config, begin = results["config"], results["inputs"]["window_begin"]
     done = next((row for row in rows if row["status"] == "ok"), ROW)
-    begin = results["inputs"]["window_begin"]
-    begin = f", each begun with {quote(begin)}" if begin else ""
-    parts = [fill(
+    begin, new = begin and f", each begun with {quote(begin)}", config["new_tokens"]
+    protocol = (
         f"Quality on {quote(Path(config['eval_text']).name)}: "
-        f"{done['tokens_scored'] or 0:,} tokens in windows of {config['window']:,}"
-        f"{begin}; KLD in nats; tokens: of completions, the first that differs, {new} "
-        f"if none, median of {len(PROMPTS)} (least–greatest). ±: half a 95 % interval. "
-        f"Speed: median (least–greatest) of {config['repeats']}, prompts of "
-        f"{done['prompt_tokens'] or 0} tokens, {new} new ones; noisy: greatest over "
-        f"{NOISE_LIMIT} times the least, too noisy to rank.")]
-    batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0) for n in config["batch_sizes"][1:]]
-    batch_tables = [batches[k : k + 3] for k in range(0, len(batches), 3)]
-    for table in [QUALITY, SPEED, *batch_tables, COST]:
-        lines = [["variant", *(column[0] for column in table)]]
-        for row in rows:
-            lines.append([row["label"], *(render_cell(row, one) for one in table)])
-        parts.append(align_table(lines))
-    return "\n\n".join(parts)
+        f"{done['tokens_scored'] or 0} tokens in windows of {config['window']}{begin}; "
+        f"KLD in nats; tokens: of {new} those before a completion differs, median of "
+        f"{len(PROMPTS)}. ±: half a 95 % interval. Speed: median (least–greatest) of "
+        f"{config['repeats']} times {new} tokens after {done['prompt_tokens'] or 0}; "
+        f"noisy: over {NOISE_LIMIT} times the least, not ranked.")
+    batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
+    batches = [batches[k : k + 3] for k in range(1, len(batches), 3)]
+    tables = [render_table(x, rows) for x in (QUALITY, SPEED, *batches, COST)]
+    return "\n\n".join([fill(protocol), *tables])
 
-# %%
-def relate(row: dict, base: dict, key: str) -> tuple[float | None, str]:
-    """Return a figure over the baseline's, and as text; None where there is none."""
-    if row["status"] == "failed":
-        return None, "failed"
-    pair = [read_figure(row, key), read_figure(base, key)]
-    mine, theirs = (next(iter(x.values())) if isinstance(x, dict) else x for x in pair)
-    if not mine or not theirs or "OOM" in pair:
-        return None, "–"
-    if any(map(is_noisy, pair)):
-        return None, "too noisy to rank"
-    return mine / theirs, f"{mine / theirs:.3f}"
+def relate(row: dict, base: dict, key: str) -> tuple[float, str]:
+    """Return a figure over the baseline's, and as text; 0 where there is none."""
+    mine, theirs = read_figure(row, key), read_figure(base, key)
+    if mine.word or not theirs.middle:
+        return 0, mine.word or "–"
+    if mine.noisy or theirs.noisy:
+        return 0, "too noisy to rank"
+    return mine.middle / theirs.middle, f"{mine.middle / theirs.middle:.3f}"
 
 def render_result(label: str, results: dict) -> str:
     """Return what came of a variant: a table beside the baseline, completions."""
@@ -1131,42 +1096,38 @@ def render_result(label: str, results: dict) -> str:
     if row["error"]:
         return fill(f"{label} failed: {quote(row['error'])}")
     shown = [row] if row is base or base["status"] != "ok" else [base, row]
-    lines = [["", *(one["label"] for one in shown), "ratio"]]
-    for column in (QUALITY[0], QUALITY[1], QUALITY[3], SPEED[2], COST[1]):
-        _, ratio = relate(row, base, column[1])
-        lines.append([column[0], *(render_cell(one, column) for one in shown), ratio])
-    lines[2][-1] = render_cell(row, QUALITY[2])  # Paired with the reference: narrow.
-    return "\n\n".join([align_table(lines), fill(f"Runs as: {row['runs_as']}"),
+    columns = QUALITY[0], QUALITY[2], QUALITY[3], SPEED[0], COST[0]
+    ratios = ["ratio", *(relate(row, base, key)[1] for _, key, *_ in columns)]
+    ratios[2] = render_cell(row, QUALITY[1])  # Paired with the reference: narrow.
+    return "\n\n".join([render_table(columns, shown, ratios),
+                        fill(f"Runs as: {row['runs_as']}"),
                         render_completions(shown, 0)])
 
 # %%
-def name_best(what: str, figures: dict[str, dict]) -> str:
-    """Say whose figure is least; several if their ranges, 1 % wider, share a value."""
-    noisy = [label for label, figure in figures.items() if is_noisy(figure)]
-    ranges = {label: list(figure.values())[1:3] for label, figure in figures.items()
-              if isinstance(figure, dict) and label not in noisy}
-    ranges = {label: pair for label, pair in ranges.items() if None not in pair}
-    bar = 1.01 * min((high for _, high in ranges.values()), default=0)
-    best = [label for label, (low, _) in ranges.items() if 0.99 * low <= bar]
-    said = f"{what}: {' or '.join(best) or 'unknown'}"
-    return said + (f"; not counted, too noisy: {', '.join(noisy)}" if noisy else "")
-
 def list_best(rows: list[dict]) -> list[str]:
-    done = {row["label"]: row for row in rows if row["status"] == "ok"}
+    """Say who is smallest, closest, fastest; several if ranges, 1 % wider, meet."""
+    done = [row.copy() for row in rows if row["status"] == "ok"]
     if len(done) < 2:
         return []
-    sizes = {label: summarize([row["weight_bytes"]]) for label, row in done.items()}
-    windows = {label: torch.tensor(row["kld"]["windows"])[:, None].double()
-               for label, row in done.items() if label != BASELINE}
-    least = min(windows.values(), key=Tensor.mean)
-    gaps = {label: estimate(mine - least) for label, mine in windows.items()}
-    lines = [name_best("Smallest", sizes),
-             name_best("Closest to the reference by KLD", gaps)]
-    batches = {e["batch"] for row in rows for e in row["decode"] or () if e["tok_s"]}
-    for n in sorted({1, max(batches, default=1)}):
-        what = "one sequence" if n == 1 else f"a batch of {n}"
-        lines.append(name_best(f"Fastest for {what}", {
-            label: read_figure(row, f"itl_ms@{n}") for label, row in done.items()}))
+    others = [row for row in done if row["label"] != BASELINE]
+    klds = [torch.tensor(row["kld"]["windows"])[:, None].double() for row in others]
+    for row, kld in zip(others, klds):
+        row["gap"] = estimate(kld - min(klds, key=Tensor.mean))
+    sizes = [e["batch"] for row in rows for e in row["decode"] or () if e["tok_s"]]
+    n = max(sizes, default=1)
+    goals = {"weight_bytes": "Smallest", "gap": "Closest to the reference by KLD"}
+    goals |= {f"itl_ms@{n}": f"Fastest for a batch of {n}"}
+    goals |= {"itl_ms@1": "Fastest for one sequence"}  # Of two alike, the last stays.
+    lines = []
+    for key, goal in goals.items():
+        figures = {row["label"]: read_figure(row, key) for row in done}
+        noisy = [label for label, x in figures.items() if x.noisy]
+        sure = {label: x for label, x in figures.items()
+                if x.low is not None and not x.noisy}
+        bar = 1.01 * min((x.high for x in sure.values()), default=0)
+        best = [label for label, x in sure.items() if 0.99 * x.low <= bar]
+        said = f"; not counted, too noisy: {', '.join(noisy)}" if noisy else ""
+        lines.append(f"{goal}: {' or '.join(best) or 'unknown'}{said}")
     return lines
 
 def render_verdict(rows: list[dict]) -> str:
@@ -1175,18 +1136,16 @@ def render_verdict(rows: list[dict]) -> str:
         label, ratio = row["label"], row["perplexity_ratio"]
         if row["error"]:
             lines.append(f"{label} failed: {quote(row['error'])}")
-        elif label != BASELINE or row["kld"]["mean"]:  # Else nothing differs.
-            line = (f"{label} multiplies perplexity by {render_cell(row, QUALITY[2])}; "
-                    f"KLD {render_cell(row, QUALITY[3])}")
-            if ratio["low"] is None:
-                line += "; too few windows, no difference can be claimed"
-            elif ratio["low"] <= 1 <= ratio["high"]:
-                line += "; it cannot be distinguished from the reference in perplexity"
-            if count := row["rtn_fallbacks"]:
-                line += f"; warning: {count} modules fell back to rounding: --dampening"
-            if not row["decode"]:
-                line += "; its speed was not measured"
-            lines.append("; ".join([line, *row["notes"]]))
+            continue
+        line = (f"{label} multiplies perplexity by {render_cell(row, QUALITY[1])}; "
+                f"KLD {render_cell(row, QUALITY[3])}")
+        if ratio["low"] is None:
+            line += "; too few windows, no difference can be claimed"
+        elif ratio["low"] <= 1 <= ratio["high"]:
+            line += "; it cannot be distinguished from the reference in perplexity"
+        if count := row["rtn_fallbacks"]:
+            line += f"; warning: {count} modules fell back to rounding: --dampening"
+        lines.append("; ".join([line, *row["notes"], f"runs as: {row['runs_as']}"]))
     return "\n".join(fill(line, "- ") for line in lines)
 
 # %% [markdown]
@@ -1754,13 +1713,13 @@ def compile_layers(model) -> None:
         layer.forward = partial(run, layer, number)
 
 # %% [markdown]
-"""## Files and faults
+"""## Files, faults, report
 
 A wrong input ends in one line on stderr that names it and the way out, with exit code
-2. JSON and checkpoints appear in one step, under their name or not at all: whatever
-ends a run, Ctrl-C or a lost machine, the same command goes on after what was finished
-before it. What the libraries print goes to `log.txt`, tracebacks of failed rows too.
-`--fresh` starts over."""
+2. JSON and checkpoints appear in one step or not at all: whatever ends a run, the same
+command goes on after what was finished; `--fresh` starts over. What the libraries print
+goes to `log.txt`, tracebacks of failed rows too. What comes from outside (names,
+errors, completions) is foreign text, and stays text."""
 
 # %%
 def stop(*lines: str):
@@ -1777,8 +1736,7 @@ def describe(error: BaseException) -> str:
         error = error.__cause__
     says_it = isinstance(error, (ValueError, OSError)) and str(error)
     text = str(error) if says_it else f"{type(error).__name__}: {error}"
-    text = one_line(text).rstrip(". ")
-    return textwrap.shorten(text, 200, placeholder=" ...")
+    return textwrap.shorten(one_line(text).rstrip(". "), 200, placeholder=" ...")
 
 @contextlib.contextmanager
 def usable(flag: str, value, advice: str):
@@ -1806,29 +1764,25 @@ def fingerprint(*parts) -> str:
 
 def hash_files(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
-            for file in (folder.iterdir() if folder.is_dir() else [folder])
-            if file.is_file()}
+            for file in (folder, *folder.glob("*")) if file.is_file()}
 
 # %%
 def free_memory() -> None:
-    """Free the previous model, which is in reference cycles."""
-    gc.collect()
+    gc.collect()  # The previous model is in reference cycles.
     torch.cuda.empty_cache()
 
-def lacks_memory(error: BaseException) -> bool:
-    """Say whether an error is an allocator's refusal, of the GPU or of the host."""
+def lacks_memory(error: BaseException):
     refusal = "MemoryError|out of memory|t allocate memory|bad_alloc|ALLOC_FAILED"
-    return bool(re.search(refusal, f"{error!r} {error.__cause__!r}", re.I))
+    return re.search(refusal, f"{error!r} {error.__cause__!r}", re.I)
 
 @contextlib.contextmanager
 def libraries_to(log: Path):
-    """Send what the libraries print, progress bars included, to the log."""
     with (log.open("a", encoding="utf-8") as stream,
           contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream)):
         yield
 
 def show_progress(what: str, items) -> tqdm:
-    """Return a bar for a terminal if the items take over 10 s; silent in a file."""
+    # Shows in a terminal, after 10 s; a file has none.
     return tqdm(items, what, delay=10, leave=False, file=sys.__stdout__, disable=None)
 
 @contextlib.contextmanager
@@ -1838,23 +1792,19 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
     from llmcompressor.pipelines import data_free, sequential
     from loguru import logger
     for module in data_free.pipeline, sequential.pipeline:
-        # Left alone, both take the first accelerator, whatever --device says.
-        module.get_main_device = lambda: lab.device
+        module.get_main_device = lambda: lab.device  # Else the first accelerator.
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     try:
         model.generation_config.validate(strict=True)
-    except ValueError:  # It could not be saved. The lab decodes greedily, anyway.
-        names = "bos_token_id", "eos_token_id", "pad_token_id"
-        model.generation_config = type(model.generation_config)(
-            **{name: getattr(model.generation_config, name) for name in names})
+    except ValueError:  # It could not be saved; what ends a completion stays.
+        ends = model.generation_config.eos_token_id
+        model.generation_config = type(model.generation_config)(eos_token_id=ends)
     layers, lines = getattr(model.config, "num_hidden_layers", 1), []
-
     def follow(line: str):
         print(line, end="")  # Goes to the log.
         lines.append(line)
         if layer := re.search(r"layers\.(\d+)\.", line):
             bar.update((int(layer[1]) - bar.n) % layers)
-
     logger.configure(handlers=[dict(sink=follow, level="INFO")])
     # What was traced would stay in a table of torch.fx, and keep the model for ever.
     with (patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch),
@@ -1865,9 +1815,7 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
             logger.remove()
             reset_session()
 
-# %%
 def run_apart(function: Callable[[], dict]) -> dict:
-    """Return what the function returns in a process of its own, started anew."""
     spawn = multiprocessing.get_context("spawn")  # CUDA cannot be forked.
     with ProcessPoolExecutor(1, spawn, die_with_parent) as pool:
         return pool.submit(function).result()
@@ -1878,25 +1826,6 @@ def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
-def describe_machine(device: torch.device) -> dict:
-    machine = dict(device=device.type, threads=torch.get_num_threads(), driver=None,
-                   memory_bytes=psutil.virtual_memory().total, compute_capability=None)
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        query = "nvidia-smi -i 0 --query-gpu=driver_version --format=csv,noheader"
-        return machine | dict(name=gpu.name, memory_bytes=gpu.total_memory,
-                              compute_capability=f"{gpu.major}.{gpu.minor}",
-                              driver=subprocess.getoutput(query))
-    info = subprocess.getoutput("cat /proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info) or [platform.machine()]
-    return machine | dict(name=f"{names[0]}, {os.cpu_count()} cores")
-
-# %% [markdown]
-"""## Report
-
-`summary.md`, `summary.png` and the model cards are written after each row. What comes
-from outside (names, errors, completions) is foreign text, and stays text."""
-
 # %%
 def quote(text: str) -> str:
     """Return foreign text for Markdown, as code if it holds anything special."""
@@ -1906,7 +1835,6 @@ def quote(text: str) -> str:
     return f"`{text}`" if re.search(r"[^\w\s.,:;()/'-]|://|www\.", text) else text
 
 def fill(text: str, bullet: str = "") -> str:
-    """Return a paragraph of at most 110 columns."""
     return textwrap.fill(text, 110, break_on_hyphens=False,
                          initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
@@ -1914,17 +1842,17 @@ def render_card(results: dict) -> str:
     config, machine = results["config"], results["machine"]
     # A folder of this machine says nothing to others: of paths, only the last part.
     words = [re.sub(r"(^|=)[/~.].*/", r"\1", word) for word in results["command"]]
-    versions = [f"{name} {v}" for name, v in results["versions"].items() if v]
-    kind = (f"SM {machine['compute_capability']}, driver {machine['driver']}"
-            if machine["driver"] else f"{machine['threads']} threads")
+    versions = results["versions"] | dict(driver=machine["driver"])
     facts = dict(
         model=f"{results['model_name']}, {config['dtype']}, {config['execution']}",
-        command=shlex.join(words), versions=", ".join(versions),
-        machine=f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB, {kind}")
+        command=shlex.join(words),
+        versions=", ".join(f"{name} {x}" for name, x in versions.items() if x),
+        machine=f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB, "
+                f"{machine['threads']} threads")
     return "\n".join(fill(one_line(x), f"    {name:10}") for name, x in facts.items())
 
 def render_completions(rows: list[dict], number: int) -> str:
-    lines = [f"**{PROMPTS[number]}**", ""]
+    lines = [f"**{PROMPTS[number]}**\n"]
     for row in rows:
         if row["divergence"]:
             one = row["divergence"]["completions"][number]
@@ -1934,74 +1862,65 @@ def render_completions(rows: list[dict], number: int) -> str:
 
 def render_summary(results: dict) -> str:
     rows = results["variants"]
-    runs_as = [fill(f"{row['label']}: {row['runs_as'] or '–'}", "- ") for row in rows]
     return "\n\n".join([
         f"# quant_lab: {quote(results['model_name'])}", render_card(results),
         f"Measured {results['created']}.", "![Speed, bytes](summary.png)",
         "## Verdict", render_verdict(rows), "## Figures", render_tables(results, rows),
-        "## Run as", "\n".join(runs_as), "## Greedy completions",
+        "## Greedy completions",
         *(render_completions(rows, n) for n in range(len(PROMPTS)))]) + "\n"
 
-# %%
-def draw_summary(results: dict):
-    """Return the matplotlib figure of summary.png: speed and bytes of each row."""
-    from matplotlib.figure import Figure
-    rows, batch = results["variants"], max(results["config"]["batch_sizes"])
-    base = next((row for row in rows if row["label"] == BASELINE), ROW)
-    series = {"bytes on disk": "weight_bytes", "in memory": "weights_memory_bytes",
-              "tokens/s, one sequence": "tok_s@1"}
-    if batch > 1:
-        series[f"tokens/s, batch of {batch}"] = f"tok_s@{batch}"
-    y = [f"{row['label']}\nperplexity × {render_cell(row, QUALITY[2])}" for row in rows]
-    figure = Figure(figsize=(13, 2.5 + 0.6 * len(rows)), layout="constrained")
-    panels = figure.subplots(1, len(series), sharey=True)
-    for axes, (title, key) in zip(panels, series.items()):
-        ratios, texts = zip(*(relate(row, base, key) for row in rows))
-        bars = axes.barh(y, [ratio or 0 for ratio in ratios], color="#9fc0dc")
-        axes.bar_label(bars, texts, padding=3, bbox=dict(color="white", pad=0.5))
-        axes.axvline(1, color="black", linestyle=":")
-        axes.set(title=title, xmargin=0.3)
-    panels[0].invert_yaxis()  # For all of them: the first row on top.
-    name = f"{results['model_name'][-50:]} on {results['machine']['name']}, to baseline"
-    lines = [one_line(name), *list_best(rows)]
-    figure.suptitle("\n".join(map(fill, lines)), parse_math=False)
-    return figure
-
-# %%
 def render_model_card(row: dict, results: dict) -> str:
-    """Return README.md of a checkpoint's folder, in the format of the hub's cards."""
     from huggingface_hub import ModelCardData
-    label, base = row["label"], results["base_model"]
+    base, is_base = results["base_model"], row["label"] == BASELINE
     data = ModelCardData(
         base_model=base, library_name="transformers",
-        base_model_relation="quantized" if base and label != BASELINE else None,
-        tags=["compressed-tensors", "llmcompressor"] if label != BASELINE else None)
-    rows = [one for one in results["variants"] if one["label"] in (BASELINE, label)]
+        base_model_relation=None if is_base or not base else "quantized",
+        tags=None if is_base else ["compressed-tensors", "llmcompressor"])
+    rows = [x for x in results["variants"] if x["label"] in (BASELINE, row["label"])]
     return (f"---\n{data.to_yaml()}\n---\n\n# {quote(results['model_name'])}, "
             f"{row['scheme']}\n\nrecipe.yaml, if any, says how it was quantized; "
             "`vllm serve .` serves it. The licence is the original's.\n\n"
             f"{render_card(results)}\n\n{render_tables(results, rows)}\n")
 
+# %%
+def draw_summary(results: dict):
+    from matplotlib.figure import Figure
+    rows, batch = results["variants"], max(results["config"]["batch_sizes"])
+    base = next((row for row in rows if row["label"] == BASELINE), ROW)
+    panels = {"weight_bytes": "bytes on disk", "weights_memory_bytes": "in memory",
+              f"tok_s@{batch}": f"tokens/s, batch of {batch}",
+              "tok_s@1": "tokens/s, one sequence"}  # Of two that are one, the last.
+    y = [f"{row['label']}\nperplexity × {render_cell(row, QUALITY[1])}" for row in rows]
+    figure = Figure(figsize=(13, 2.5 + 0.6 * len(rows)), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(panels), sharey=True), panels):
+        ratios, texts = zip(*(relate(row, base, key) for row in rows))
+        bars = axes.barh(y, ratios, color="#9fc0dc")
+        axes.bar_label(bars, texts, padding=3, bbox=dict(color="white", pad=0.5))
+        axes.axvline(1, color="black", linestyle=":")
+        axes.set(title=panels[key], xmargin=0.3)
+    axes.invert_yaxis()  # For all of them: the first row on top.
+    name = f"{results['model_name'][-50:]} on {results['machine']['name']}, to baseline"
+    lines = [fill(x) for x in (one_line(name), *list_best(rows))]
+    figure.suptitle("\n".join(lines), parse_math=False)
+    return figure
+
 def collect_results(lab: SimpleNamespace) -> dict:
-    """Return the content of results.json."""
-    labels = [label for label in VARIANTS | lab.rows if label in lab.rows]
-    rows = [lab.rows[label].copy() for label in labels]
+    rows = [lab.rows[label] for label in VARIANTS | lab.rows if label in lab.rows]
     base = lab.rows.get(BASELINE, ROW)["weight_bytes"]
     for row in rows:
         row["size_ratio"] = row["weight_bytes"] and base and row["weight_bytes"] / base
-    created = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime())
+    created = time.strftime("%FT%TZ", time.gmtime())
     return lab.head | dict(created=created, variants=rows)
 
 def write_outputs(lab: SimpleNamespace) -> None:
-    """Write results.json and all that is rendered from it, or exit with 2."""
     results, output = collect_results(lab), lab.output
     with usable("--output-dir", output, "make room; what is finished is kept"):
         write_json(output / "results.json", results)
+        (output / "summary.md").write_text(render_summary(results), "utf-8")
         for row in results["variants"]:
             card = output / "checkpoints" / row["label"] / "README.md"
             if row["status"] == "ok" and card.parent.is_dir():
-                card.write_text(render_model_card(row, results), encoding="utf-8")
-        (output / "summary.md").write_text(render_summary(results), encoding="utf-8")
+                card.write_text(render_model_card(row, results), "utf-8")
         draw_summary(results).savefig(output / "summary.png", dpi=140)
 
 def show(text: str) -> None:
@@ -2039,10 +1958,8 @@ def set_up(words: list[str]) -> SimpleNamespace:
         (lab.output / "results.json").unlink(missing_ok=True)
         for label in VARIANTS:
             shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
-    with libraries_to(lab.output / "log.txt"):
-        lab.head = describe_run(lab, words)
-        lab.marks = mark_variants(lab)
-    lab.rows = take_over(lab)
+    lab.head = describe_run(lab, words)
+    take_over(lab)
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))
     return lab
@@ -2056,9 +1973,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """## Baseline
 
-The model in `--dtype`, saved and loaded again, after the reference was scored. A ratio
-of 1, a KLD of 0 and all tokens the same show that the measurement repeats exactly; else
-it is noise, and no difference smaller than that counts below."""
+The model in `--dtype`, saved and loaded again. A ratio of 1, a KLD of 0 and all tokens
+the same show that the measurement repeats exactly; else it is noise, and no difference
+smaller than that counts below."""
 
 # %%
 if __name__ == "__main__":
@@ -2068,9 +1985,8 @@ if __name__ == "__main__":
 """## FP8_DYNAMIC
 
 Half the bytes of every quantized Linear, in seconds and without data. Weights keep
-three bits of mantissa, so expect a small but certain KLD. Speed: from SM 8.9 the tensor
-cores take FP8; rounding the activations costs kernels of its own, which at 0.5B eats
-what the smaller weights save for one sequence."""
+three bits of mantissa: expect a small but certain KLD. From SM 8.9 tensor cores take
+FP8; rounding activations costs kernels of its own, which at 0.5B eats what is saved."""
 
 # %%
 if __name__ == "__main__":
@@ -2080,9 +1996,8 @@ if __name__ == "__main__":
 """## GPTQ W4A16
 
 The smallest, and it costs the most quality: sixteen levels for the weights of a group
-of 128. Activations stay 16-bit, so nothing is rounded while it runs: where bytes are
-what one waits for (one sequence, a large model) it is the fastest. Prefill and batches
-wait for arithmetic and have to unpack the weights first."""
+of 128. Where bytes are what one waits for (one sequence, a large model) it is the
+fastest; prefill and batches wait for arithmetic and have to unpack weights first."""
 
 # %%
 if __name__ == "__main__":
@@ -2092,8 +2007,8 @@ if __name__ == "__main__":
 """## SmoothQuant + GPTQ W8A8
 
 The bytes of FP8, but 256 evenly spaced levels and scales that fit the data: often the
-closest to the reference, if SmoothQuant keeps outliers of the activations from wasting
-the levels. Its integer tensor cores are older than those of FP8: a T4 has them."""
+closest, if SmoothQuant keeps outliers of the activations from wasting the levels. Its
+integer tensor cores are older than those of FP8: a T4 has them."""
 
 # %%
 if __name__ == "__main__":
@@ -2102,9 +2017,8 @@ if __name__ == "__main__":
 # %% [markdown]
 """## On request
 
-Recipes that `--variants` has to name. `rtn_w4a16` is the control of `02_gptq_w4a16`, in
-the same format, but rounded to nearest in seconds. Compare their KLD: intervals that
-share no value say that GPTQ did, or did not, earn its minutes."""
+`--variants` has to name these. `rtn_w4a16`, rounded to nearest in seconds, is the
+control of `02_gptq_w4a16`: compare their KLD to see whether GPTQ earned its minutes."""
 
 # %%
 if __name__ == "__main__":
@@ -2115,9 +2029,9 @@ if __name__ == "__main__":
 # %% [markdown]
 """## Summary
 
-All figures, then the verdict. Read the intervals before the order: what two variants
-share cannot be ranked. And these are PyTorch's kernels on this machine: a server brings
-others, and tasks of yours may mind what running text does not."""
+Read the intervals before the order: what two variants share cannot be ranked. And these
+are PyTorch's kernels on this machine: a server brings others, and tasks of yours may
+mind what running text does not."""
 
 # %%
 if __name__ == "__main__":
@@ -2126,7 +2040,6 @@ if __name__ == "__main__":
     if IN_NOTEBOOK:
         from IPython.display import Image, display
         display(Image(LAB.output / "summary.png"))
-    print(f"results.json, summary.md, summary.png, log.txt, checkpoints: {LAB.output}")
     show("## Verdict\n\n" + render_verdict(RESULTS["variants"]))
     if not IN_NOTEBOOK and any(row["error"] for row in RESULTS["variants"]):
         sys.exit(1)

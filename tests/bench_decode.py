@@ -161,8 +161,8 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
-    print(quant_lab.describe_machine(device)["name"], "torch", torch.__version__,
-          flush=True)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(name, "torch", torch.__version__, flush=True)
     torch.cuda.empty_cache()
     for kind in args.kinds:
         job = partial(bench, kind, args)

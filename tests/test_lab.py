@@ -267,7 +267,7 @@ def alter(file, **changes):
     ["--batch-sizes", 1, 2], ["--dtype", "bfloat16"], ["--plain-text"]],
     ids=lambda words: words[0])
 def test_a_changed_option_is_refused(lab, capsys, finished, words):
-    refused(lambda: lab(*words), capsys, finished, *map(str, words[:1]))
+    refused(lambda: lab(*words), capsys, finished, words[0][2:].replace("-", "_"))
 
 
 def test_fresh_forgets_what_other_options_made(run_script, quick, finished):

@@ -79,7 +79,9 @@ def read_result(label, results):
     """Return what is shown after a variant, and its table by title, by column."""
     text = quant_lab.render_result(label, results)
     table, = read_tables(text)
-    return text, table
+    titles = next(iter(table.values()))
+    return text, {title: {name: cells[title] for name, cells in table.items()}
+                  for title in titles}
 
 
 def read_best(rows):
@@ -145,7 +147,7 @@ def test_the_card_names_what_is_run_on_what(results):
                      if version), *(
                      word for word in results["command"] if word.startswith("--"))):
         assert fact in flat
-    assert (f"{machine['threads']} threads" in flat) == (machine["device"] == "cpu")
+    assert f"{machine['threads']} threads" in flat
     assert (f"driver {machine['driver']}" in flat) == (machine["device"] == "cuda")
 
 
@@ -227,6 +229,8 @@ def test_every_cell_of_every_table_is_a_figure_of_its_row(results):
                 middle, *ends = figure if isinstance(figure, list) else [figure]
                 if "±" in cell:
                     ends = [(ends[1] - ends[0]) / 2]
+                elif ends and ends[0] == ends[1]:
+                    ends = []  # Said once.
                 wanted = ends if "noisy" in cell else [middle, *ends]
                 for shown, value in zip(numbers(cell), wanted, strict=True):
                     digits = max(len(x) for x in re.findall(r"\.(\d+)", cell) or [""])
@@ -277,8 +281,8 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
     row = rows_of(calm)[label]
     set_spread(row, spread)
     for one in row["decode"]:  # Faster than any other.
-        one["tok_s"] |= {key: 1e6 * (spread if key == "max" else 1)
-                         for key in ("median", "min", "max")}
+        for key, low in ("tok_s", 1e6), ("itl_ms", 1e-6):
+            one[key] |= dict(median=low, min=low, max=low * spread)
     for title in ("TTFT ms", "latency s", "tokens/s", "batch 8 tok/s"):
         cell = find_cell(calm, label, title)
         assert ("noisy" in cell) == noisy
@@ -300,7 +304,7 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
     assert numbers(table["MB"]["ratio"]) and numbers(table["weights MB"]["ratio"])
     ratio, text = quant_lab.relate(
         rows_of(calm)[shown], rows_of(calm)[BASE], "decode_tok_s")
-    assert (ratio is None, "noisy" in text) == (noisy, noisy)
+    assert (ratio == 0, "noisy" in text) == (noisy, noisy)
     bars = read_bars(calm)
     for title in ("tokens/s, one sequence", "tokens/s, batch of 8"):
         width, text = bars[title][shown]
@@ -330,7 +334,7 @@ def test_kld_is_compared_window_by_window(calm):
     for row in calm["variants"][1:3]:
         row["kld"]["windows"] = row["kld"]["windows"][:11]
     calm["variants"][3] = fail(calm["variants"][3])
-    assert read_best(calm["variants"])[closest] == ({"unknown, too few windows"}, set())
+    assert read_best(calm["variants"])[closest] == ({"unknown"}, set())
 
 
 def test_1_3_times_is_not_yet_noisy(calm):
@@ -468,6 +472,7 @@ def test_ranges_that_meet_are_not_ranked(calm):
     rows = calm["variants"]
     for row in rows[1:]:
         row["decode_tok_s"] = row["decode"][0]["tok_s"] = rows[0]["decode_tok_s"]
+        row["decode"][0]["itl_ms"] = rows[0]["decode"][0]["itl_ms"]
     assert read_best(rows)["Fastest for one sequence"][0] == {BASE, FP8, INT4, INT8}
     rows[2]["status"] = "failed"
     assert INT4 not in " ".join(quant_lab.list_best(rows))
@@ -478,7 +483,7 @@ def test_ranges_that_meet_are_not_ranked(calm):
         row["kld"] = row["kld"] | dict(low=None, high=None, windows=[0.1, 0.2])
     best = read_best(rows)
     assert not any("batch" in goal for goal in best), "no batch fitted"
-    assert best["Closest to the reference by KLD"][0] == {"unknown, too few windows"}
+    assert best["Closest to the reference by KLD"][0] == {"unknown"}
     assert find_cell(calm, FP8, "batch 8 tok/s") == "OOM"
 
 
@@ -761,7 +766,7 @@ def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
     for cell, label in zip(runs[1:6], (BASE, FP8, INT4, INT8, CONTROL), strict=True):
         assert quant_lab.render_result(label, results) in read_output(cell)
         table, = read_tables(read_output(cell))
-        assert numbers(table["MB"][label]) and numbers(table["tokens/s"][label])
+        assert numbers(table[label]["MB"]) and numbers(table[label]["tokens/s"])
     assert quant_lab.render_card(results) in read_output(runs[0])
     summary = runs[-1]["outputs"]
     assert quant_lab.render_tables(results, results["variants"]) in read_output(runs[-1])
