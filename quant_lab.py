@@ -30,7 +30,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import multiprocessing
 import os
 import platform
 import random
@@ -42,7 +41,6 @@ import statistics
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 import traceback
 from collections import Counter, namedtuple
@@ -870,7 +868,8 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
                   prompts_in_the_chat_template=fingerprint(prompts),
                   chats=chats and fingerprint(hash_files(chats)))
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
-    for package in "torch", "transformers", "llmcompressor", "compressed_tensors":
+    for package in ("torch transformers llmcompressor compressed_tensors accelerate "
+                    "datasets tokenizers safetensors").split():
         versions[package] = importlib.metadata.version(package)
     cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
     machine = dict(name=f"{[*cpus, platform.machine()][0]}, {os.cpu_count()} cores",
@@ -1114,10 +1113,10 @@ def list_best(rows: list[dict]) -> list[str]:
     for row, kld in zip(others, klds):
         row["gap"] = estimate(kld - min(klds, key=Tensor.mean))
     sizes = [e["batch"] for row in rows for e in row["decode"] or () if e["tok_s"]]
-    n = max(sizes, default=1)
-    goals = {"weight_bytes": "Smallest", "gap": "Closest to the reference by KLD"}
-    goals |= {f"itl_ms@{n}": f"Fastest for a batch of {n}"}
-    goals |= {"itl_ms@1": "Fastest for one sequence"}  # Of two alike, the last stays.
+    goals, n = {"weight_bytes": "Smallest"}, max(sizes, default=1)
+    goals |= {"gap": "Closest to the reference by KLD"}
+    goals |= {"itl_ms@1": "Fastest for one sequence"}
+    goals |= {f"itl_ms@{n}": f"Fastest for a batch of {n}"} if n > 1 else {}
     lines = []
     for key, goal in goals.items():
         figures = {row["label"]: read_figure(row, key) for row in done}
@@ -1722,9 +1721,9 @@ goes to `log.txt`, tracebacks of failed rows too. What comes from outside (names
 errors, completions) is foreign text, and stays text."""
 
 # %%
-def stop(*lines: str):
+def stop(line: str):
     """Say on stderr what is wrong with the input and the way out; exit with 2."""
-    print("quant_lab: " + "\n".join(map(one_line, lines)), file=sys.stderr)
+    print("quant_lab: " + one_line(line), file=sys.stderr)
     raise SystemExit(2)
 
 def one_line(text: str) -> str:
@@ -1816,15 +1815,11 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
             reset_session()
 
 def run_apart(function: Callable[[], dict]) -> dict:
-    spawn = multiprocessing.get_context("spawn")  # CUDA cannot be forked.
-    with ProcessPoolExecutor(1, spawn, die_with_parent) as pool:
+    """Return what a function returns in a new process, which dies with this one."""
+    spawn = torch.multiprocessing.get_context("spawn")  # CUDA cannot be forked.
+    tie = torch.multiprocessing._prctl_pr_set_pdeathsig
+    with ProcessPoolExecutor(1, spawn, tie, [signal.SIGKILL]) as pool:
         return pool.submit(function).result()
-
-def die_with_parent() -> None:
-    """End this process as soon as its parent has ended; leave Ctrl-C to the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 # %%
 def quote(text: str) -> str:
@@ -1888,8 +1883,8 @@ def draw_summary(results: dict):
     rows, batch = results["variants"], max(results["config"]["batch_sizes"])
     base = next((row for row in rows if row["label"] == BASELINE), ROW)
     panels = {"weight_bytes": "bytes on disk", "weights_memory_bytes": "in memory",
-              f"tok_s@{batch}": f"tokens/s, batch of {batch}",
-              "tok_s@1": "tokens/s, one sequence"}  # Of two that are one, the last.
+              "tok_s@1": "tokens/s, one sequence"}
+    panels |= {f"tok_s@{batch}": f"tokens/s, batch of {batch}"} if batch > 1 else {}
     y = [f"{row['label']}\nperplexity × {render_cell(row, QUALITY[1])}" for row in rows]
     figure = Figure(figsize=(13, 2.5 + 0.6 * len(rows)), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(panels), sharey=True), panels):
