@@ -12,7 +12,7 @@ has to be measured. This script writes a causal LM in float16 and as three check
 
     python quant_lab.py                        the four variants, on a GPU
     python quant_lab.py --demo                 the same code, any machine, two minutes
-    python quant_lab.py --variants 00_fp16_baseline 02_gptq_w4a16 --max-windows 20
+    python quant_lab.py --variants gptq --max-windows 20
 
 Each run prints its variant beside the baseline; tables and a verdict come last. The
 output folder has `results.json` with every timing, a summary, a picture, checkpoints.
@@ -28,7 +28,6 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -44,7 +43,6 @@ import textwrap
 import time
 import traceback
 from collections import Counter, namedtuple
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
@@ -59,9 +57,7 @@ import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.func import functional_call
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
@@ -99,8 +95,7 @@ WxAy means weights of x bits and activations of y. SM is a GPU's compute capabil
 
 Embedding, `lm_head` and vision towers stay 16-bit. Groups are smaller where 128 does
 not divide each width. To add a recipe, of any scheme, add an entry at the end; what no
-kernel here implements runs *emulated* (weights unpacked, rounding of activations
-simulated)."""
+kernel here implements runs *emulated*: weights unpacked, rounding simulated."""
 
 # %%
 # recipe(modifiers, options) returns llmcompressor modifiers; if None: round to nearest.
@@ -192,7 +187,6 @@ def read_words() -> list[str]:
                 else sys.argv[1:])
 
 def find_label(word: str) -> str:
-    """Return the label that a word is a part of: of the default ones, else of all."""
     for labels in VARIANTS.keys() & {word}, DEFAULT, VARIANTS:
         matches = [label for label in labels if word.lower() in label]
         if len(matches) == 1:
@@ -238,8 +232,7 @@ def choose_device(options: Options) -> tuple[torch.device, str]:
     if not torch.cuda.is_available():
         if options.demo and options.device == "auto":
             return torch.device("cpu"), "no CUDA GPU, and the demo needs none"
-        stop("no CUDA GPU: --demo and --device cpu need none, and in Colab there is "
-             "Runtime > Change runtime type > T4 GPU")
+        stop("no CUDA GPU: try --demo, --device cpu or, in Colab, a runtime with a T4")
     if torch.cuda.get_device_capability() < (8, 0):  # As a T4: too old for Triton.
         if options.dtype == "bfloat16":
             stop("--dtype bfloat16: this GPU only emulates it; take float16")
@@ -398,9 +391,8 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
 
 def list_specials(tokenizer) -> list[int]:
     """Return the token ids, such as BOS, that the tokenizer puts before a text."""
-    ids, first = (tokenizer("word", add_special_tokens=add).input_ids
-                  for add in (True, False))
-    return ids[: ids.index(first[0])] if first else []
+    ids, bare = (tokenizer("hi", add_special_tokens=x).input_ids for x in (True, False))
+    return ids[: ids.index(bare[0])] if bare else []
 
 def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, list]:
     """Return windows [n, tokens] of the text and the ids that begin each, or exit."""
@@ -492,7 +484,6 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     return row
 
 def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
-    """Return its part of the row if a checkpoint is there, complete and unaltered."""
     folder = lab.output / "checkpoints" / label
     note = read_json(folder / "quant_lab.json")
     if note and note["fingerprint"] == lab.marks[label]:
@@ -509,8 +500,7 @@ that do not overlap, each begun with BOS where the tokenizer begins a text with 
 (without, Gemma 3 270M has a perplexity of 36 instead of 21); every token but the first
 of a window is scored, a tail shorter than a window is not. With the loss in nats of
 token i given those before it in the window, perplexity = exp(mean loss). Compare it
-only with figures of the same text, window and tokenizer: protocols differ by more than
-recipes do.
+with figures of the same protocol alone: protocols differ by more than recipes.
 
 **Ratio**: perplexity over the reference's. Both score the very same tokens, so the
 interval is that of the *paired* difference: how hard the text is cancels, and the
@@ -529,33 +519,31 @@ a KLD of exactly 0. **Top-1**: at how many tokens the most probable one is the s
 reference's, of eight prompts: few, so read the completions, do not rank by it.
 
 **The interval** of 95 % (±: its half) speaks for the choice of text, not for that of
-chats. What stands in one article errs together, so neither tokens nor windows are
-independent: consecutive windows are joined into blocks, one to five windows, 4 to 10 in
-all, and the spread of the blocks is what counts: the standard error of a ratio of sums
-over clusters (Cochran, *Sampling Techniques*, 1977, section 6.3) times Student's t
-(Abramowitz and Stegun 26.7.5). Simulated with neighbours that correlate by 0.5, it
-covers .93 at 20 windows and .94 at 146; below 12 there is none. Two seeds tell what the
-choice of chats adds."""
+chats (compare two seeds). What stands in one article errs together, so neither tokens
+nor windows are independent: consecutive windows are joined into blocks, one to five
+windows, 4 to 10 in all, and the spread of the blocks is what counts: the standard error
+of a ratio of sums over clusters (Cochran, *Sampling Techniques*, 1977, section 6.3)
+times Student's t (Abramowitz and Stegun 26.7.5). Simulated with neighbours that
+correlate by 0.5, it covers .93 at 20 windows and .94 at 146; below 12 there is none."""
 
 # %%
 CHUNK, FEWEST = 128, 12  # Tokens at once; windows that an interval needs.
 
 def find_decoder(model):
-    """Return the part of a model that makes the last hidden states."""
     decoder = model.get_decoder()
     return model.model if decoder is model else decoder  # Llama 4 returns itself.
 
 def apply_head(model, output, hidden: Tensor) -> Tensor:
     """Return logits [n, vocabulary] of last hidden states [n, width]."""
-    # The model's own forward makes them, with all that it does to logits (scaling, soft
-    # caps); only its decoder gives back an output, as of any tokens, with these states.
+    # Through the model's own forward, which may scale or cap logits; its decoder is
+    # made to return the output of any tokens, with these states.
     output.last_hidden_state = hidden[None]
     with patch.object(find_decoder(model), "forward", lambda *_, **__: output):
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits[0]
 
 @torch.no_grad()
-def score_text(model, windows: Tensor, unscored: int, visit: Callable) -> Tensor:
+def score_text(model, windows: Tensor, unscored: int, visit) -> Tensor:
     """Return losses [windows, tokens], in nats, of ids [windows, window]; `visit` gets
     the hidden states [n, width] and logits [n, vocabulary] of each chunk."""
     losses = []
@@ -575,8 +563,7 @@ def score_text(model, windows: Tensor, unscored: int, visit: Callable) -> Tensor
 def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
     """Return greedy completions of lab.prompts: ids, at most `--new-tokens` each."""
     from transformers import GenerationConfig
-    # A new object: whatever generate is not told comes from the model's own defaults,
-    # which may ask for sampling or a repetition penalty.
+    # Or the model's own defaults may ask for sampling, or a repetition penalty.
     ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
     model.generation_config = GenerationConfig(eos_token_id=ends)
     completions = []
@@ -621,8 +608,7 @@ def estimate(values: Tensor, scale=float, name="value") -> dict:
     return {name: scale(mean), "low": scale(low), "high": scale(high)}
 
 def raise_e(x: float) -> float:
-    """Return e to the x, or where that is no float, the largest that it can be."""
-    return math.exp(min(x, 709.0))
+    return math.exp(min(x, 709.0))  # Of more, e to the x is no float.
 
 def measure_quality(model, lab: SimpleNamespace) -> dict:
     """Return perplexity and, against the reference, ratio, KLD, agreement, tokens."""
@@ -697,16 +683,14 @@ def now() -> float:
         torch.cuda.synchronize()
     return time.perf_counter()
 
-def summarize(samples: list[float]) -> dict:
-    return dict(median=statistics.median(samples), min=min(samples), max=max(samples),
-                samples=samples)
+def summarize(x: list[float]) -> dict:
+    return dict(median=statistics.median(x), min=min(x), max=max(x), samples=x)
 
 def held_bytes(model) -> int:
     """Return bytes of the weights in memory, of what several share once."""
     storages = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
     return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
 
-# %%
 class Generator:
     """Continue prompts, ids [batch, n], as plain transformers does."""
     def __init__(self, model, prompts: Tensor, new_tokens: int):
@@ -727,16 +711,15 @@ class Generator:
 
 # %%
 class Decoder:
-    """Continue prompts in tensors that stay where they are, on a GPU as CUDA graphs;
-    `token` [batch, 1] is the latest."""
+    """Continue prompts in tensors that stay where they are, on a GPU as CUDA graphs."""
     def __init__(self, model, prompts: Tensor, new_tokens: int):
         from transformers.cache_utils import StaticLayer
         batch, start = prompts.shape
         length = math.ceil((start + new_tokens) / 16) * 16  # SDPA wants that.
-        self.model, self.prompts = model, prompts
-        self.token = prompts[:, -1:].clone()
-        self.places = torch.arange(start, device=prompts.device)
-        self.position = self.places[-1:] + 1
+        self.model, self.start, self.token = model, start, prompts[:, -1:].clone()
+        places = torch.arange(start, device=prompts.device)
+        self.prefill = partial(self.advance, prompts, places, None)
+        self.position = places[-1:] + 1
         self.mask = prompts.new_zeros(1, 1, 1, length, dtype=model.dtype)
         self.cache = [StaticLayer(length) for _ in find_decoder(model).layers]
         self.prefill()  # Makes the tensors of the cache.
@@ -749,8 +732,7 @@ class Decoder:
             if batch == 1:
                 self.prefill = self.record(self.prefill)
 
-    def record(self, work: Callable) -> Callable:
-        """Return work on the GPU as a CUDA graph, which one call starts whole."""
+    def record(self, work):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             work()
@@ -762,22 +744,18 @@ class Decoder:
             past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
 
-    def prefill(self) -> None:
-        self.advance(self.prompts, self.places, None)
-
     def step(self) -> None:
         self.mask.index_fill_(3, self.position, 0)
         self.advance(self.token, self.position, self.mask)
         self.position += 1
 
     def run(self, steps: int) -> tuple[float, float]:
-        """Return seconds of the prefill, if of one prompt, and of the steps."""
-        length, alone = len(self.places), len(self.token) == 1
+        alone = len(self.token) == 1
         self.token.copy_(self.first)
-        self.position.fill_(length)
-        self.mask[..., length:] = -math.inf
+        self.position.fill_(self.start)
+        self.mask[..., self.start :] = -math.inf
         for layer in self.cache:  # Tokens that it holds.
-            layer.cumulative_length.fill_(0 if alone else length)
+            layer.cumulative_length.fill_(0 if alone else self.start)
         start = now()
         if alone:
             self.prefill()
@@ -843,8 +821,8 @@ options, model files, texts, rendered prompts, versions, machine and number of t
 a run that differs is refused and told by what. A row is measured again where only its
 recipe changed; other changes of the script go unnoticed: `--fresh`.
 
-Each compiled variant is timed in a process of its own: on an H100 the first model that
-a process compiles decodes some 14 % faster than each later one, why is not known. A
+Each compiled variant is timed in a process of its own: later models of a process at
+times decode 14 % slower on an H100, for seconds or for good, and why is not known. A
 notebook has but one process; where compiling fails, the variant is timed uncompiled:
 `runs_as` says so. **compile s**: with warm-up and recording, for all batch sizes."""
 
@@ -868,8 +846,7 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
                   prompts_in_the_chat_template=fingerprint(prompts),
                   chats=chats and fingerprint(hash_files(chats)))
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
-    for package in ("torch transformers llmcompressor compressed_tensors accelerate "
-                    "datasets tokenizers safetensors").split():
+    for package in "torch transformers llmcompressor compressed_tensors".split():
         versions[package] = importlib.metadata.version(package)
     cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
     machine = dict(name=f"{[*cpus, platform.machine()][0]}, {os.cpu_count()} cores",
@@ -898,6 +875,7 @@ def take_over(lab: SimpleNamespace) -> None:
     rows = [row for row in before.get("variants", ()) if row["status"] == "ok"]
     for part, name, new in conditions if rows else ():
         if (old := before[part].get(name)) != new:
+            name = "--" + name.replace("_", "-") if part == "config" else name
             stop(f"--output-dir {lab.output}: its finished rows were measured with "
                  f"{name} {old}, not {new}; {way_out} them")
     lab.marks = dict.fromkeys(VARIANTS, "no recipe")
@@ -909,7 +887,6 @@ def take_over(lab: SimpleNamespace) -> None:
                 if lab.marks.get(row["label"]) in (row["fingerprint"], None)}
 
 def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
-    """Say how the weights run: what of them not packed, then routes by phase."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)
               and (m.kind != "dense" or label == BASELINE)]  # lm_head says nothing.
     if not packed:
@@ -950,7 +927,6 @@ def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
     return dict(runs_as=f"speed was not measured: {'; '.join(reasons)}")
 
 def run_variant(label: str, lab: SimpleNamespace) -> None:
-    """Take a variant from recipe to row, unless it is finished; write and show it."""
     if label in lab.options.variants:
         if label not in lab.rows or not read_checkpoint(label, lab):
             lab.rows[label] = measure_row(label, lab)
@@ -959,7 +935,6 @@ def run_variant(label: str, lab: SimpleNamespace) -> None:
 
 # %%
 def measure_row(label: str, lab: SimpleNamespace) -> dict:
-    """Return a variant's row; its status is "failed" if anything went wrong."""
     folder, start = lab.output / f"checkpoints/{label}", now()
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
                      fingerprint=lab.marks[label])
@@ -995,8 +970,7 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
 # %% [markdown]
 """## Tables and verdict
 
-± is half the interval; where it is lopsided, its ends stand in brackets, as do those of
-a timing. –: not measured.
+± is half the interval; of a lopsided one, and of timings, ends stand in brackets.
 
 A run shows five figures beside the baseline's, their ratios, how it ran (`runs_as`), as
 a format that was dequantized tells little about itself, and one completion of each:
@@ -1078,7 +1052,6 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     return "\n\n".join([fill(protocol), *tables])
 
 def relate(row: dict, base: dict, key: str) -> tuple[float, str]:
-    """Return a figure over the baseline's, and as text; 0 where there is none."""
     mine, theirs = read_figure(row, key), read_figure(base, key)
     if mine.word or not theirs.middle:
         return 0, mine.word or "–"
@@ -1087,7 +1060,6 @@ def relate(row: dict, base: dict, key: str) -> tuple[float, str]:
     return mine.middle / theirs.middle, f"{mine.middle / theirs.middle:.3f}"
 
 def render_result(label: str, results: dict) -> str:
-    """Return what came of a variant: a table beside the baseline, completions."""
     rows = {row["label"]: row for row in results["variants"]}
     if label not in rows:
         return f"{label} was not asked for; --variants adds it."
@@ -1121,8 +1093,7 @@ def list_best(rows: list[dict]) -> list[str]:
     for key, goal in goals.items():
         figures = {row["label"]: read_figure(row, key) for row in done}
         noisy = [label for label, x in figures.items() if x.noisy]
-        sure = {label: x for label, x in figures.items()
-                if x.low is not None and not x.noisy}
+        sure = {k: x for k, x in figures.items() if x.low is not None and not x.noisy}
         bar = 1.01 * min((x.high for x in sure.values()), default=0)
         best = [label for label, x in sure.items() if 0.99 * x.low <= bar]
         said = f"; not counted, too noisy: {', '.join(noisy)}" if noisy else ""
@@ -1178,8 +1149,7 @@ changed nothing: the KLD between its logits before and after, in float32, is the
 SMOOTHING_LIMIT = 1e-3  # Nats.
 
 def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
-    """Make groups of 128 divide all widths quantized; ValueError where none does, or
-    where experts would not load again."""
+    """Make groups divide all widths; ValueError if none does, or of some experts."""
     from compressed_tensors.utils import match_named_modules
     from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -1200,15 +1170,14 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
             widths = sorted({linear.in_features for _, linear in targets})
             fits = [n for n in sizes if not any(width % n for width in widths)]
             if not fits:
-                raise ValueError(f"no group of {sizes} divides each width of {widths}: "
-                                 "take FP8 or W8A8")
+                raise ValueError(f"no group of {sizes} divides {widths}: take FP8")
             row["group_size"] = weights.group_size = fits[0]
             modifier.config_groups, modifier.scheme = groups, None
             if odd := [width for width in widths if width % 128]:
                 row["notes"] += [f"groups of {fits[0]}: 128 does not divide {odd[0]}"]
 
 # %%
-class Reading(TorchFunctionMode):
+class Reading(torch.overrides.TorchFunctionMode):
     """Run a model in float32; note who reads what modules with a weight [n] put out."""
     def __init__(self, model, ids: Tensor):
         from llmcompressor.utils.helpers import DisableQuantization
@@ -1243,8 +1212,8 @@ def find_pairs(model, reading: Reading) -> list:
     for norm, inputs, output in reading.outputs.values():
         readers = {linears.get(x) for x in reading.readers.get(id(output), [None])}
         zeros = {name: x.float() * 0 for name, x in norm.named_parameters()}
-        # Not all are proportional to their weight: some multiply by 1 + weight.
-        if None not in readers and not functional_call(norm, zeros, inputs).any():
+        at_zero = torch.func.functional_call(norm, zeros, inputs)
+        if None not in readers and not at_zero.any():  # Some multiply by 1 + weight.
             pairs.append([sorted(readers), names[norm]])
     return pairs
 
@@ -1326,8 +1295,7 @@ def place_model(folder: Path, options: Options, device: torch.device):
     for what, keys in (("lacks", report["missing_keys"]),
                        ("has, unread,", report["unexpected_keys"] if wanted else ())):
         if keys:
-            raise ValueError(
-                f"{folder.name} {what} {len(keys)} weights, as {min(keys)}")
+            raise ValueError(f"{folder.name} {what} {len(keys)} weights: {min(keys)}")
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
     packed = len(quantized) if model.packs else 0
     model.unpacked = [] if len(quantized) == wanted else [
@@ -1368,7 +1336,9 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
         weight = ((weight.short() << 7) & ~(1 << 14)).view(torch.float16) * 2**8
     return weight.to(scale.dtype) * scale
 
-Route = Enum("Route", "REGISTERS DENSE TENSOR_CORES DEQUANTIZED")
+Route = Enum("Route", dict(
+    DENSE="{1}", DEQUANTIZED="dequantized to {1}", REGISTERS="{0} in registers",
+    TENSOR_CORES="{0} tensor cores"))
 TENSOR_CORES_FROM = dict(int8=(7, 5), fp8=(8, 9), int4=(99, 0))  # SM; INT4: never.
 
 # %%
@@ -1395,9 +1365,7 @@ class PackedLinear(torch.nn.Module):
         dtype = (self.weight if self.scale is None else self.scale).dtype
         short = DTYPES[str(dtype)[6:]]
         kind = short if self.kind == "dense" else self.kind
-        return {Route.REGISTERS: f"{kind} in registers", Route.DENSE: short,
-                Route.TENSOR_CORES: f"{kind} tensor cores",
-                Route.DEQUANTIZED: f"dequantized to {short}"}[self.choose_route(tokens)]
+        return self.choose_route(tokens).value.format(kind, short)
 
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype, kind, x_scale = x.shape, x.dtype, self.kind, None
@@ -1457,29 +1425,25 @@ def find_kind(module: torch.nn.Module) -> str | None:
         return None
     return next((kind for kind, those in FORMATS.items() if those == forms), None)
 
-def pack_linear(linear: torch.nn.Module, sm: tuple[int, int]) -> PackedLinear:
-    """Return a PackedLinear of a Linear, which is dense or of one of FORMATS."""
-    kind, scale = find_kind(linear), getattr(linear, "weight_scale", None)
-    weight = linear.weight_packed if kind == "int4" else linear.weight
-    if kind == "int4":
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
-        nibbles = weight[..., None] >> shifts & 15
-        nibbles = nibbles.view(*scale.shape, 8, -1).transpose(2, 3)
-        weight = (nibbles << shifts).sum(-1, dtype=torch.int32).flatten(1)
-    elif kind != "dense":
-        weight = weight.view(torch.int8)
-    return PackedLinear(kind, weight, scale, linear.bias, sm)
-
 # %%
 def pack_model(model, sm: tuple[int, int]) -> None:
     """Pack each quantized Linear, on a GPU all, and fuse those with the same input."""
     if hook := getattr(model, "ct_decompress_hook", None):
         hook.remove()  # It would unpack all when the model first runs.
-    for name, module in list(model.named_modules()):
-        dense = sm > (0, 0) and isinstance(module, torch.nn.Linear)
-        if dense or getattr(module, "quantization_scheme", None):
-            model.set_submodule(name, pack_linear(module, sm))
-            module._parameters.clear()  # Or a reference cycle would keep them.
+    for name, linear in list(model.named_modules()):
+        kind, scale = find_kind(linear), getattr(linear, "weight_scale", None)
+        if kind == "dense" and not (any(sm) and isinstance(linear, torch.nn.Linear)):
+            continue
+        weight = linear.weight_packed if kind == "int4" else linear.weight
+        if kind == "int4":
+            shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+            nibbles = weight[..., None] >> shifts & 15
+            nibbles = nibbles.view(*scale.shape, 8, -1).transpose(2, 3)
+            weight = (nibbles << shifts).sum(-1, dtype=torch.int32).flatten(1)
+        elif kind != "dense":
+            weight = weight.view(torch.int8)
+        model.set_submodule(name, PackedLinear(kind, weight, scale, linear.bias, sm))
+        linear._parameters.clear()  # Or a reference cycle would keep them.
     same_input = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     for parent, names in product(list(model.modules()), same_input if any(sm) else ()):
         parts = [getattr(parent, name, None) for name in names]
@@ -1642,8 +1606,7 @@ def multiply(kind: str, x: Tensor, weight: Tensor, scale: Tensor | None,
 multiply.register_fake(lambda kind, x, weight, scale, x_scale, bias, dtype: (
     x.new_empty(len(x), len(weight), dtype=dtype)))
 
-def choose_tile(kind: str, outputs: int, width: int) -> tuple[int, int, int]:
-    """Return rows, columns and warps of a program of row_kernel."""
+def choose_tile(kind: str, outputs: int, width: int) -> tuple:  # Rows, columns, warps
     many, few = outputs > 8192, outputs < 2048
     if kind == "dense":
         return (2, 1024, 4) if width <= 2048 else (2, 2048, 8)
@@ -1689,7 +1652,6 @@ def attend(module, query, key, value, attention_mask, scaling=None, **named):
     y = F.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
     return y.reshape(len(y), 1, query.shape[1], -1), None
 
-# %%
 def compile_layers(model) -> None:
     """Make all decoder layers one function, compiled for one row and for many."""
     from transformers import AttentionInterface
@@ -1758,7 +1720,6 @@ def write_json(file: Path, content: dict) -> None:
     file.with_suffix(".partial").replace(file)
 
 def fingerprint(*parts) -> str:
-    """Return 16 hexadecimal digits that change when any of the JSON-like parts does."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -1792,7 +1753,6 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
     from loguru import logger
     for module in data_free.pipeline, sequential.pipeline:
         module.get_main_device = lambda: lab.device  # Else the first accelerator.
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # It could not be saved; what ends a completion stays.
@@ -1814,7 +1774,7 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
             logger.remove()
             reset_session()
 
-def run_apart(function: Callable[[], dict]) -> dict:
+def run_apart(function) -> dict:
     """Return what a function returns in a new process, which dies with this one."""
     spawn = torch.multiprocessing.get_context("spawn")  # CUDA cannot be forked.
     tie = torch.multiprocessing._prctl_pr_set_pdeathsig
@@ -1904,8 +1864,7 @@ def collect_results(lab: SimpleNamespace) -> dict:
     base = lab.rows.get(BASELINE, ROW)["weight_bytes"]
     for row in rows:
         row["size_ratio"] = row["weight_bytes"] and base and row["weight_bytes"] / base
-    created = time.strftime("%FT%TZ", time.gmtime())
-    return lab.head | dict(created=created, variants=rows)
+    return dict(lab.head, created=time.strftime("%FT%TZ", time.gmtime()), variants=rows)
 
 def write_outputs(lab: SimpleNamespace) -> None:
     results, output = collect_results(lab), lab.output

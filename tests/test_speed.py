@@ -258,9 +258,12 @@ def test_regrouped_words_hold_the_same_weights(models):
     words = torch.randint(-2**31, 2**31 - 1, (10, 48), dtype=torch.int32)
     scale = torch.rand(10, 3).half()
     weight = unpack_from_int32(words, 4, torch.Size((10, 384))).half()
-    packed = quant_lab.pack_linear(SimpleNamespace(
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))
+    vars(model[0]).update(
         quantization_scheme=preset_name_to_scheme("W4A16", ["Linear"]),
-        weight_packed=words, weight_scale=scale, bias=None), (0, 0))
+        weight_packed=words, weight_scale=scale)
+    quant_lab.pack_model(model, (0, 0))
+    packed = model[0]
     found = quant_lab.dequantize("int4", packed.weight, packed.scale)
     assert torch.equal(found, (weight.view(10, 3, 128) * scale[..., None]).flatten(1))
 
