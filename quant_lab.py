@@ -1,6 +1,8 @@
 # ---
-# jupyter: {accelerator: GPU, colab: {gpuType: T4},
-#   kernelspec: {display_name: Python 3, language: python, name: python3}}
+# jupyter:
+#   kernelspec: {display_name: Python 3, language: python, name: python3}
+#   accelerator: GPU
+#   colab: {gpuType: T4}
 # ---
 
 # %% [markdown]
@@ -614,14 +616,12 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     """Return perplexity and, against the reference, ratio, KLD, agreement, tokens."""
     reference, parts, completions = lab.reference, [], []
     reference.head.to(lab.device)
-
     def compare(hidden, logits):
         wanted = reference.states[len(parts)].to(lab.device)
         wanted = apply_head(reference.head, reference.output, wanted)
         p, q = (F.log_softmax(x.double(), dim=-1) for x in (wanted, logits))
         kld, same = (p.exp() * (p - q)).sum(-1), wanted.argmax(-1) == logits.argmax(-1)
         parts.append(torch.stack([kld, same]).cpu())
-
     losses = score_text(model, lab.windows, lab.unscored, compare)
     reference.head.cpu()
     kld, agrees = torch.cat(parts, dim=1).view(2, *losses.shape)
@@ -883,8 +883,8 @@ def take_over(lab: SimpleNamespace) -> None:
         with contextlib.suppress(Exception), libraries_to(lab.output / "log.txt"):
             recipe = repr(build_recipe(label, lab.options)), variant.calibrated
             lab.marks[label] = fingerprint(SCHEMA, conditions, recipe)
-    lab.rows = {row["label"]: row for row in rows
-                if lab.marks.get(row["label"]) in (row["fingerprint"], None)}
+    lab.rows = {row["label"]: row for row in rows if row["label"] not in
+                lab.options.variants or row["fingerprint"] == lab.marks[row["label"]]}
 
 def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)
@@ -1225,7 +1225,6 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
     from llmcompressor.pipelines.registry import CalibrationPipeline
     smoother = next((m for m in recipe if hasattr(m, "mappings")), None)
     choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
-
     def prove(modifiers, **named):
         if smoother not in modifiers:  # It is done, and quantizing comes next.
             before, after = reading.logs, Reading(model, ids).logs
@@ -1237,7 +1236,6 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
             if not kld <= SMOOTHING_LIMIT:
                 raise ValueError(f"smoothing changed the model: a KLD of {kld:.4f}")
         return choose(modifiers, **named)
-
     if not smoother:
         yield
         return
@@ -1663,13 +1661,11 @@ def compile_layers(model) -> None:
     tuned = dict(coordinate_descent_tuning=True)
     one_row = torch.compile(eager, fullgraph=True, options=tuned)
     many_rows = torch.compile(eager, fullgraph=True)
-
     def run(layer, number, x, *inputs, past_key_values, **named):
         layer_cache = past_key_values[number]
         forward = one_row if x.shape[:2] == (1, 1) else many_rows
         forward = forward if layer_cache.is_initialized else eager
         return forward(layer, x, *inputs, past_key_values=layer_cache, **named)
-
     for number, layer in enumerate(layers):
         layer.forward = partial(run, layer, number)
 

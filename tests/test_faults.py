@@ -116,15 +116,6 @@ def test_killed_at_every_step_and_at_many_moments(tmp_path):
           f"{finished} of those runs ended before")
 
 
-def test_a_second_run_into_the_same_folder_is_kept_out(lab, quick):
-    build = lab("--variants", LABELS[0])
-    second = run_process(*quick)
-    assert second.returncode == 2 and second.stderr.count("\n") == 1
-    assert "--output-dir" in second.stderr and "other run" in second.stderr
-    assert not (build.output / "results.json").exists()
-    assert run_all(build)["variants"][0]["status"] == "ok"
-
-
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
 HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate "
                     "memory: you tried to allocate 9663676416 bytes. Error code 12")

@@ -27,13 +27,11 @@ import quant_lab
 def test_demo_gives_four_rows(demo):
     results = demo.results
     assert results["schema"] == quant_lab.SCHEMA and len(results["variants"]) == 4
-    assert {"created", "command", "config", "machine", "versions", "inputs",
-            "recipes"} <= set(results)
+    assert {"created", "command", "config", "machine", "versions", "inputs"} <= set(results)
     assert {"device", "name", "compute_capability", "memory_bytes", "driver",
             "threads"} == set(results["machine"])
     assert {"python", "torch", "transformers", "llmcompressor",
             "compressed_tensors"} <= set(results["versions"])
-    assert set(results["recipes"]) == set(quant_lab.VARIANTS)
     for label, row in zip(LABELS, results["variants"]):
         assert (row["label"], row["status"], row["error"]) == (label, "ok", None)
         assert row["rtn_fallbacks"] == 0 and row["tokens_scored"] % 511 == 0
@@ -235,9 +233,9 @@ def read_rows(folder):
 
 
 def read_all(folder):
-    """Return the content of all files of an output folder but its log and lock."""
+    """Return the content of all files of an output folder but its log."""
     return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*")
-            if file.is_file() and file.name not in ("log.txt", ".lock")}
+            if file.is_file() and file.name != "log.txt"}
 
 
 def refused(lab, capsys, finished, *names):
@@ -267,7 +265,7 @@ def alter(file, **changes):
     ["--batch-sizes", 1, 2], ["--dtype", "bfloat16"], ["--plain-text"]],
     ids=lambda words: words[0])
 def test_a_changed_option_is_refused(lab, capsys, finished, words):
-    refused(lambda: lab(*words), capsys, finished, words[0][2:].replace("-", "_"))
+    refused(lambda: lab(*words), capsys, finished, words[0])
 
 
 def test_fresh_forgets_what_other_options_made(run_script, quick, finished):
@@ -375,12 +373,18 @@ def test_another_number_of_threads_is_refused(lab, capsys, finished):
         torch.set_num_threads(threads)
 
 
-def test_an_edited_recipe_is_refused_by_name(lab, capsys, finished, monkeypatch):
+def test_an_edited_recipe_is_measured_again_where_it_is_asked_for(
+        lab, finished, monkeypatch):
+    """Keep its row in a run of others, and all other rows."""
     edited = quant_lab.VARIANTS[LABELS[2]]._replace(recipe=lambda m, o: [
         m.GPTQModifier(scheme="W4A16", block_size=64, **quant_lab.LINEAR)])
     monkeypatch.setitem(quant_lab.VARIANTS, LABELS[2], edited)
-    said = refused(lab, capsys, finished, "recipe", LABELS[2])
-    assert LABELS[1] not in said, "it names the one that was edited"
+    before = json.loads((finished / "results.json").read_text("utf-8"))["variants"]
+    rows = {row["label"]: row for row in before}
+    assert LABELS[2] in rows
+    assert lab("--variants", LABELS[1]).rows == rows
+    del rows[LABELS[2]]
+    assert lab("--variants", LABELS[1], LABELS[2]).rows == rows
 
 
 @pytest.mark.parametrize("content", [
