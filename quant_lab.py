@@ -30,6 +30,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -1041,7 +1042,7 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     begin, new = begin and f", each begun with {quote(begin)}", config["new_tokens"]
     protocol = (
         f"Quality on {quote(Path(config['eval_text']).name)}: "
-        f"{done['tokens_scored'] or 0} tokens in windows of {config['window']}{begin}; "
+        f"{done['tokens_scored'] or 0:,} tokens in windows of {config['window']:,}{begin}; "
         f"KLD in nats; tokens: of {new} those before a completion differs, median of "
         f"{len(PROMPTS)}. ±: half a 95 % interval. Speed: median (least–greatest) of "
         f"{config['repeats']} times {new} tokens after {done['prompt_tokens'] or 0}; "
@@ -1749,6 +1750,7 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
     from loguru import logger
     for module in data_free.pipeline, sequential.pipeline:
         module.get_main_device = lambda: lab.device  # Else the first accelerator.
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # It could not be saved; what ends a completion stays.
