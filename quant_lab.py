@@ -1042,8 +1042,8 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     begin, new = begin and f", each begun with {quote(begin)}", config["new_tokens"]
     protocol = (
         f"Quality on {quote(Path(config['eval_text']).name)}: "
-        f"{done['tokens_scored'] or 0:,} tokens in windows of {config['window']:,}{begin}; "
-        f"KLD in nats; tokens: of {new} those before a completion differs, median of "
+        f"{done['tokens_scored'] or 0:,} tokens in windows of {config['window']:,}"
+        f"{begin}; KLD in nats; tokens: of {new} before a completion differs, median of "
         f"{len(PROMPTS)}. ±: half a 95 % interval. Speed: median (least–greatest) of "
         f"{config['repeats']} times {new} tokens after {done['prompt_tokens'] or 0}; "
         f"noisy: over {NOISE_LIMIT} times the least, not ranked.")
