@@ -122,12 +122,20 @@ VARIANTS = {
 }
 BASELINE, DEFAULT = "00_fp16_baseline", tuple(VARIANTS)[:4]
 
+def build_recipe(label: str, options) -> list:
+    from llmcompressor.modifiers import gptq, quantization, transform
+    modifiers = SimpleNamespace(**vars(gptq) | vars(quantization) | vars(transform))
+    scheme, recipe, _ = VARIANTS[label]
+    if recipe:
+        return recipe(modifiers, options)
+    return [modifiers.QuantizationModifier(scheme=scheme, **LINEAR)]
+
 # %% [markdown]
 """## Options
 
 Each option stands here once, with a remark on when to change it. What is typed wins
 over what `--demo` presets. Of a label a part is enough: `--variants fp8 w4a16` looks
-among the four first, then among all; the baseline always runs, as all is compared with
+among the four first, then among all; the baseline always runs, as all stands beside
 it. A notebook takes its words from `%env QUANT_LAB_ARGS=--demo`."""
 
 # %%
@@ -164,7 +172,7 @@ class Options:
     calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
     calibration_length: int = option(1024, "tokens a sample; less to save memory", 8)
     eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
-    window: int = option(2048, "tokens; 2048 compares with papers", 2)
+    window: int = option(2048, "tokens; 2048 compares with papers", 3)
     max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
     group_size: int = option(0, "of int4; 0: as large as fits", choices=(0, *GROUPS))
     dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
@@ -327,8 +335,8 @@ def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
     form = next((form for form in forms if set(form.split()) <= entry.keys()), "")
     chat = []
     for key in form.split():
-        part = entry[key]
-        for turn in [{"role": key, "content": part}] if isinstance(part, str) else part:
+        is_list = isinstance(entry[key], list) and key != "text"
+        for turn in entry[key] if is_list else [{"role": key, "content": entry[key]}]:
             role = ROLES.get(turn.get("role", turn.get("from")))
             content = turn.get("content", turn.get("value"))
             if isinstance(content, list):
@@ -340,7 +348,7 @@ def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
             chat.append(turn | dict(role=role, content=content))
     if not any(turn["content"].strip() for turn in chat):
         raise ValueError(f"has {', '.join(entry) or 'no keys'}, and no chat")
-    return form, entry["text"] if form == "text" else chat
+    return form, chat[0]["content"] if form == "text" else chat
 
 def read_chats(file: Path) -> list:
     """Return chats of a file; ValueError names the line or entry that is none."""
@@ -431,15 +439,6 @@ Layers whose matrix GPTQ cannot invert are rounded to nearest: they are counted 
 llmcompressor's log, and the verdict warns of them. It repeats a row's `notes`: groups
 other than of 128, Linears that stay 16-bit. A
 checkpoint is refused if transformers does not read every weight of it again."""
-
-# %%
-def build_recipe(label: str, options: Options) -> list:
-    from llmcompressor.modifiers import gptq, quantization, transform
-    modifiers = SimpleNamespace(**vars(gptq) | vars(quantization) | vars(transform))
-    scheme, recipe, _ = VARIANTS[label]
-    if recipe:
-        return recipe(modifiers, options)
-    return [modifiers.QuantizationModifier(scheme=scheme, **LINEAR)]
 
 # %%
 def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
@@ -564,7 +563,6 @@ def score_text(model, windows: Tensor, unscored: int, visit) -> Tensor:
 
 # %%
 def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
-    """Return greedy completions of lab.prompts: ids, at most `--new-tokens` each."""
     from transformers import GenerationConfig
     # Or the model's own defaults may ask for sampling, or a repetition penalty.
     ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
@@ -614,7 +612,6 @@ def raise_e(x: float) -> float:
     return math.exp(min(x, 709.0))  # Of more, e to the x is no float.
 
 def measure_quality(model, lab: SimpleNamespace) -> dict:
-    """Return perplexity and, against the reference, ratio, KLD, agreement, tokens."""
     reference, parts, completions = lab.reference, [], []
     reference.head.to(lab.device)
     def compare(hidden, logits):
@@ -636,7 +633,6 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     cuts = statistics.quantiles(kld.flatten().tolist(), n=1000, method="inclusive")
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
-        # Paired token by token: what makes the text hard cancels.
         perplexity_ratio=estimate(losses - reference.losses, raise_e),
         tokens_scored=losses.numel(), window_losses=losses.mean(1).tolist(),
         top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
@@ -809,8 +805,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
             bandwidth_fraction=read / statistics.median(itl) / bandwidth))
     return first | dict(
         decode=decode, decode_tok_s=decode[0]["tok_s"], copy_bandwidth=bandwidth,
-        prompt_tokens=prompts.shape[1],
-        compile_seconds=preparing if compiled else None)
+        prompt_tokens=prompts.shape[1], compile_seconds=preparing if compiled else None)
 
 # %% [markdown]
 """## Rows
@@ -881,11 +876,10 @@ def take_over(lab: SimpleNamespace) -> None:
                  f"{name} {old}, not {new}; {way_out} them")
     lab.marks = dict.fromkeys(VARIANTS, "no recipe")
     for label, variant in VARIANTS.items():
-        with contextlib.suppress(Exception), libraries_to(lab.output / "log.txt"):
+        with libraries_to(lab.output / "log.txt"), contextlib.suppress(Exception):
             recipe = repr(build_recipe(label, lab.options)), variant.calibrated
             lab.marks[label] = fingerprint(SCHEMA, conditions, recipe)
-    lab.rows = {row["label"]: row for row in rows if row["label"] not in
-                lab.options.variants or row["fingerprint"] == lab.marks[row["label"]]}
+    lab.rows = {row["label"]: row for row in rows}
 
 def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)
@@ -907,7 +901,7 @@ def time_variant(label, output, prompts: Tensor, options, device, compiled) -> d
         speed = measure_speed(model, prompts.to(device), options, compiled)
     return speed | dict(runs_as=name_routes(label, model, prompts.shape[1], options))
 
-def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
+def benchmark_speed(label, lab: SimpleNamespace, packs: bool, unpacked: list) -> dict:
     """Return speed and memory of a checkpoint: compiled, else not, else the reason."""
     options, ways, reasons = lab.options, ["not compiled"], []
     length = min(512, lab.context - options.new_tokens)  # A shorter text is repeated.
@@ -925,11 +919,13 @@ def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
         except Exception as error:
             traceback.print_exc()  # Goes to the log.
             reasons.append(f"{how}, it failed: {quote(describe(error))}")
-    return dict(runs_as=f"speed was not measured: {'; '.join(reasons)}")
+    said = [*unpacked, f"speed was not measured: {'; '.join(reasons)}"]
+    return dict(runs_as=" · ".join(said))
 
 def run_variant(label: str, lab: SimpleNamespace) -> None:
     if label in lab.options.variants:
-        if label not in lab.rows or not read_checkpoint(label, lab):
+        mark = lab.rows.get(label, ROW)["fingerprint"]
+        if mark != lab.marks[label] or not read_checkpoint(label, lab):
             lab.rows[label] = measure_row(label, lab)
         write_outputs(lab)
     show(render_result(label, collect_results(lab)))
@@ -956,10 +952,10 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             row["load_seconds"] = now() - begin
             row |= measure_quality(model, lab)
             row["weights_memory_bytes"] = held_bytes(model)
-            packs, model = model.packs, None  # Two may not fit.
+            packs, unpacked, model = model.packs, model.unpacked, None  # To be freed.
             free_memory()
             say("timing")
-            row |= benchmark_speed(label, lab, packs) | dict(status="ok")
+            row |= benchmark_speed(label, lab, packs, unpacked) | dict(status="ok")
         except Exception as error:
             tip = f"; {steps[-1]}: less --window, --calibration-length, smaller --model"
             row["error"] = describe(error) + (tip if lacks_memory(error) else "")
@@ -985,7 +981,7 @@ runs of a row follow each other: the range shows the jitter of one process, not 
 another day or a warm GPU would add."""
 
 # %%
-Figure = namedtuple("Figure", "word middle low high ranged noisy", defaults=[None] * 5)
+Cell = namedtuple("Cell", "word middle low high ranged noisy", defaults=[None] * 5)
 # Title, key (after @, of a batch size), digits, unit.
 QUALITY = (("MB", "weight_bytes", 1, 1e-6), ("ratio", "perplexity_ratio", 4, 1),
            ("perplexity", "perplexity_interval", 2, 1), ("KLD", "kld", 5, 1),
@@ -997,17 +993,17 @@ COST = (("weights MB", "weights_memory_bytes", 1, 1e-6), ("size", "size_ratio", 
         ("quantize s", "quantize_seconds", 1, 1),
         ("compile s", "compile_seconds", 1, 1))
 
-def read_figure(row: dict, key: str) -> Figure:
+def read_figure(row: dict, key: str) -> Cell:
     """Return a figure of a row, or a word that says why there is none."""
     figures = row | {f"{name}@{one['batch']}": one.get("error") or x
                      for one in row["decode"] or () for name, x in one.items()}
     x = figures.get(key)
     if x is None or isinstance(x, str):
-        return Figure(x or ("failed" if row["status"] == "failed" else "–"))
+        return Cell(x or ("failed" if row["status"] == "failed" else "–"))
     x = x if isinstance(x, dict) else dict(value=x, low=x, high=x)
     middle, low, high = list(x.values())[:3]
     noisy = "samples" in x and high > NOISE_LIMIT * low
-    return Figure("", middle, low, high, "min" in x, noisy)
+    return Cell("", middle, low, high, "min" in x, noisy)
 
 def render_cell(row: dict, column: tuple) -> str:
     """Return a figure as text; of a noisy timing, which has no rank, only its range."""
@@ -1043,7 +1039,7 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     protocol = (
         f"Quality on {quote(Path(config['eval_text']).name)}: "
         f"{done['tokens_scored'] or 0:,} tokens in windows of {config['window']:,}"
-        f"{begin}; KLD in nats; tokens: of {new} before a completion differs, median of "
+        f"{begin}; KLD in nats; tokens: of {new} until a completion differs, median of "
         f"{len(PROMPTS)}. ±: half a 95 % interval. Speed: median (least–greatest) of "
         f"{config['repeats']} times {new} tokens after {done['prompt_tokens'] or 0}; "
         f"noisy: over {NOISE_LIMIT} times the least, not ranked.")
@@ -1213,8 +1209,9 @@ def find_pairs(model, reading: Reading) -> list:
     for norm, inputs, output in reading.outputs.values():
         readers = {linears.get(x) for x in reading.readers.get(id(output), [None])}
         zeros = {name: x.float() * 0 for name, x in norm.named_parameters()}
-        at_zero = torch.func.functional_call(norm, zeros, inputs)
-        if None not in readers and not at_zero.any():  # Some multiply by 1 + weight.
+        # Not all are proportional to their weight: some multiply by 1 + weight.
+        if None not in readers and not torch.func.functional_call(
+                norm, zeros, inputs).any():
             pairs.append([sorted(readers), names[norm]])
     return pairs
 
@@ -1298,11 +1295,12 @@ def place_model(folder: Path, options: Options, device: torch.device):
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
     packed = len(quantized) if model.packs else 0
     model.unpacked = [] if len(quantized) == wanted else [
-        f"{packed} of {wanted} quantized weights run packed, the "
-        "others, of experts, unpacked through bf16, their activations not rounded"]
+        f"{packed} of {wanted} quantized weights run packed, experts are unpacked"]
     if quantized and not model.packs:
         model.unpacked += [f"emulated, weights unpacked to {DTYPES[options.dtype]}"]
         model.hf_quantizer.compressor.decompress_model(model)
+        for linear in quantized:
+            linear.forward = partial(forward_rows, linear.forward)
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16:  # Experts, and some formats, unpack so.
             parameter.data = parameter.data.to(dtype)
@@ -1310,6 +1308,10 @@ def place_model(folder: Path, options: Options, device: torch.device):
         cuda = device.type == "cuda"
         pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
     return model
+
+def forward_rows(forward, x: Tensor) -> Tensor:
+    # Of two dimensions, compressed-tensors 0.19 would scale all tokens alike.
+    return forward(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 # %%
 def round_activations(kind: str, x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
@@ -1906,6 +1908,7 @@ def set_up(words: list[str]) -> SimpleNamespace:
     with usable("--output-dir", output, "name a folder that can be written to"):
         lab.output = Path(output).expanduser()
         lab.output.mkdir(parents=True, exist_ok=True)
+        (lab.output / "log.txt").touch()
     if options.fresh:
         (lab.output / "results.json").unlink(missing_ok=True)
         for label in VARIANTS:
