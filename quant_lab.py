@@ -97,8 +97,8 @@ WxAy means weights of x bits and activations of y. SM is a GPU's compute capabil
   x 128 weights and per 128 activations, as DeepSeek-V3 was trained.
 
 Embedding, `lm_head` and vision towers stay 16-bit. Groups are smaller where 128 does
-not divide each width. To add a recipe, of any scheme, add an entry at the end; what no
-kernel here implements runs *emulated*: weights unpacked, rounding simulated."""
+not divide each width. To add a recipe, of any scheme, add an entry at the end (`True`
+if it looks at chats); what no kernel here implements runs *emulated*: unpacked."""
 
 # %%
 # recipe(modifiers, options) returns llmcompressor modifiers; if None: round to nearest.
@@ -142,9 +142,9 @@ it. A notebook takes its words from `%env QUANT_LAB_ARGS=--demo`."""
 ULTRACHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k", "Salesforce/wikitext"
 DTYPES = dict(float16="fp16", bfloat16="bf16", float32="fp32")
 GROUPS = 128, 64, 32
-ROLES = dict(system="system", user="user", human="user", prompt="user", text="user",
-             assistant="assistant", gpt="assistant", completion="assistant",
-             tool="tool", function="tool", observation="tool")
+ROLES = dict(system="system", developer="system", user="user", human="user",
+             prompt="user", text="user", assistant="assistant", gpt="assistant",
+             completion="assistant", tool="tool", function="tool", observation="tool")
 PROMPTS = (
     "What is a dictionary in Python? Answer in two sentences.",
     "A train covers 60 km in 45 minutes. What is its average speed in km/h?",
@@ -307,7 +307,7 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
             tokenizer.chat_template = tokenizer.decode(list_specials(tokenizer)) + (
                 "{{ messages | map(attribute='content') | join('\n') }}")
         if not tokenizer("word").input_ids or not tokenizer.chat_template:
-            raise ValueError("no tokenizer or chat template; base models: --plain-text")
+            raise ValueError("no tokenizer, or no template (base models: --plain-text)")
         prompts = [tokenizer.apply_chat_template(
             [dict(role="user", content=prompt)], add_generation_prompt=True,
             return_tensors="pt", return_dict=True).input_ids for prompt in PROMPTS]
@@ -362,8 +362,9 @@ def read_chats(file: Path) -> list:
             try:
                 form, chat = read_chat(json.loads(line))
             except ValueError as error:
-                raise ValueError(f"{unit} {number}: {error}") from None
-            except (AttributeError, KeyError, TypeError):
+                said = getattr(error, "msg", error)  # JSON's own has a line, too.
+                raise ValueError(f"{unit} {number}: {said}") from None
+            except (AttributeError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{unit} {number}: no chat: {line[:80]}") from None
             forms[form] += 1
             chats.append(chat)
@@ -462,7 +463,7 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
                         shuffle_calibration_samples=False)
             row["quantize_seconds"] = now() - start
         model.save_pretrained(draft)  # Adds recipe.yaml from the session.
-    if recipe:
+    if label != BASELINE:
         config = read_json(draft / "config.json")
         form = config.get("quantization_config", dict(format="dense"))
         if form["format"] == "dense":
@@ -488,7 +489,7 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
 def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
     folder = lab.output / "checkpoints" / label
     note = read_json(folder / "quant_lab.json")
-    if note and note["fingerprint"] == lab.marks[label]:
+    if note.get("fingerprint") == lab.marks[label]:
         if note["files"].items() <= hash_files(folder).items():
             return note["row"]
         print(f"{label}: its checkpoint was cut off or altered, and is made again")
@@ -1694,7 +1695,7 @@ def describe(error: BaseException) -> str:
     """Return the root cause of an exception, on one line of at most 200 characters."""
     while error.__cause__ and type(error.__cause__).__name__ != "_RemoteTraceback":
         error = error.__cause__
-    says_it = isinstance(error, (ValueError, OSError)) and str(error)
+    says_it = isinstance(error, (ValueError, OSError, ArithmeticError)) and str(error)
     text = str(error) if says_it else f"{type(error).__name__}: {error}"
     return textwrap.shorten(one_line(text).rstrip(". "), 200, placeholder=" ...")
 
@@ -1872,7 +1873,7 @@ def write_outputs(lab: SimpleNamespace) -> None:
         write_json(output / "results.json", results)
         (output / "summary.md").write_text(render_summary(results), "utf-8")
         for row in results["variants"]:
-            card = output / "checkpoints" / row["label"] / "README.md"
+            card = output / "checkpoints" / Path(row["label"]).name / "README.md"
             if row["status"] == "ok" and card.parent.is_dir():
                 card.write_text(render_model_card(row, results), "utf-8")
         draw_summary(results).savefig(output / "summary.png", dpi=140)
@@ -1905,16 +1906,15 @@ def set_up(words: list[str]) -> SimpleNamespace:
     machine = torch.cuda.get_device_name() if lab.device.type == "cuda" else "cpu"
     slug = f"{Path(options.model).resolve().name}-{machine}"
     output = options.output_dir or "results/" + re.sub(r"[^A-Za-z0-9._]+", "-", slug)
-    with usable("--output-dir", output, "name a folder that can be written to"):
-        lab.output = Path(output).expanduser()
+    lab.output, lab.head = Path(output).expanduser(), describe_run(lab, words)
+    with usable("--output-dir", output, "name another that can be written to"):
         lab.output.mkdir(parents=True, exist_ok=True)
         (lab.output / "log.txt").touch()
-    if options.fresh:
-        (lab.output / "results.json").unlink(missing_ok=True)
-        for label in VARIANTS:
-            shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
-    lab.head = describe_run(lab, words)
-    take_over(lab)
+        if options.fresh:
+            (lab.output / "results.json").unlink(missing_ok=True)
+            for label in VARIANTS:
+                shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
+        take_over(lab)
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))
     return lab

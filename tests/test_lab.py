@@ -380,11 +380,14 @@ def test_an_edited_recipe_is_measured_again_where_it_is_asked_for(
         m.GPTQModifier(scheme="W4A16", block_size=64, **quant_lab.LINEAR)])
     monkeypatch.setitem(quant_lab.VARIANTS, LABELS[2], edited)
     before = json.loads((finished / "results.json").read_text("utf-8"))["variants"]
-    rows = {row["label"]: row for row in before}
-    assert LABELS[2] in rows
-    assert lab("--variants", LABELS[1]).rows == rows
-    del rows[LABELS[2]]
-    assert lab("--variants", LABELS[1], LABELS[2]).rows == rows
+    rows, measured = {row["label"]: row for row in before}, []
+    monkeypatch.setattr(quant_lab, "measure_row", lambda label, _: (
+        measured.append(label) or rows[label]))
+    for asked, wanted in (LABELS[1:2], []), (LABELS[1:3], LABELS[2:3]):
+        build = lab("--variants", *asked)
+        assert build.rows == rows, "until it is measured again, the row stays"
+        run_all(build)
+        assert measured == wanted
 
 
 @pytest.mark.parametrize("content", [

@@ -562,7 +562,7 @@ def on_gpu(labs, monkeypatch):
     lab = vary(labs[True], device=torch.device("cuda", 0))
     return lambda label, **changes: quant_lab.benchmark_speed(
         label, vary(lab, options=replace(lab.options, **changes)),
-        changes.get("execution") != "emulated")
+        changes.get("execution") != "emulated", [])
 
 
 def test_compiling_that_fails_is_measured_eagerly_and_said(on_gpu, monkeypatch):
@@ -632,7 +632,7 @@ def test_prompts_are_the_evaluation_text(labs, monkeypatch):
     for windows, context, wanted in ((7, 2048, 512), (3, 2048, 512), (7, 100, 96)):
         ids = torch.arange(windows * 102).view(windows, 102)
         found = quant_lab.benchmark_speed(
-            "label", vary(lab, windows=ids, context=context), True)["prompts"]
+            "label", vary(lab, windows=ids, context=context), True, [])["prompts"]
         text = [token for token in range(windows * 102) if token % 102 >= 2]
         assert found.tolist() == [
             [text[(wanted * number + place) % len(text)] for place in range(wanted)]
