@@ -172,7 +172,7 @@ class Options:
     calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
     calibration_length: int = option(1024, "tokens a sample; less to save memory", 8)
     eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
-    window: int = option(2048, "tokens; 2048 compares with papers", 3)
+    window: int = option(2048, "tokens; 2048 compares with papers", 2)
     max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
     group_size: int = option(0, "of int4; 0: as large as fits", choices=(0, *GROUPS))
     dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
@@ -307,7 +307,7 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
             tokenizer.chat_template = tokenizer.decode(list_specials(tokenizer)) + (
                 "{{ messages | map(attribute='content') | join('\n') }}")
         if not tokenizer("word").input_ids or not tokenizer.chat_template:
-            raise ValueError("no tokenizer, or no template (base models: --plain-text)")
+            raise ValueError("no tokenizer or chat template (base model: --plain-text)")
         prompts = [tokenizer.apply_chat_template(
             [dict(role="user", content=prompt)], add_generation_prompt=True,
             return_tensors="pt", return_dict=True).input_ids for prompt in PROMPTS]
@@ -362,8 +362,7 @@ def read_chats(file: Path) -> list:
             try:
                 form, chat = read_chat(json.loads(line))
             except ValueError as error:
-                said = getattr(error, "msg", error)  # JSON's own has a line, too.
-                raise ValueError(f"{unit} {number}: {said}") from None
+                raise ValueError(f"{unit} {number}: {getattr(error, 'msg', error)}")
             except (AttributeError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{unit} {number}: no chat: {line[:80]}") from None
             forms[form] += 1
@@ -631,14 +630,14 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
         text = lab.tokenizer.decode(made, skip_special_tokens=True)
         completions.append(dict(prompt=prompt, completion=text, same_tokens=same))
     lengths = [one["same_tokens"] for one in completions]
-    cuts = statistics.quantiles(kld.flatten().tolist(), n=1000, method="inclusive")
+    cuts = kld.flatten().quantile(kld.new_tensor([0.5, 0.99, 0.999])).tolist()
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
         perplexity_ratio=estimate(losses - reference.losses, raise_e),
         tokens_scored=losses.numel(), window_losses=losses.mean(1).tolist(),
         top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
         kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
-            median=cuts[499], p99=cuts[989], p999=cuts[998], max=kld.max().item(),
+            median=cuts[0], p99=cuts[1], p999=cuts[2], max=kld.max().item(),
             tokens=kld.numel(), windows=kld.mean(1).tolist()),
         divergence=dict(median=statistics.median(lengths), min=min(lengths),
                         max=max(lengths), completions=completions))
@@ -1300,7 +1299,7 @@ def place_model(folder: Path, options: Options, device: torch.device):
     if quantized and not model.packs:
         model.unpacked += [f"emulated, weights unpacked to {DTYPES[options.dtype]}"]
         model.hf_quantizer.compressor.decompress_model(model)
-        for linear in quantized:
+        for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
             linear.forward = partial(forward_rows, linear.forward)
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16:  # Experts, and some formats, unpack so.
@@ -1906,8 +1905,9 @@ def set_up(words: list[str]) -> SimpleNamespace:
     machine = torch.cuda.get_device_name() if lab.device.type == "cuda" else "cpu"
     slug = f"{Path(options.model).resolve().name}-{machine}"
     output = options.output_dir or "results/" + re.sub(r"[^A-Za-z0-9._]+", "-", slug)
-    lab.output, lab.head = Path(output).expanduser(), describe_run(lab, words)
+    lab.head = describe_run(lab, words)
     with usable("--output-dir", output, "name another that can be written to"):
+        lab.output = Path(output).expanduser()
         lab.output.mkdir(parents=True, exist_ok=True)
         (lab.output / "log.txt").touch()
         if options.fresh:
