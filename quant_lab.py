@@ -698,7 +698,7 @@ class Generator:
     def run(self, steps: int) -> tuple[float, float]:
         """Return seconds of the prefill and of the steps."""
         times = []
-        streamer = SimpleNamespace(put=lambda _: times.append(now()), end=int)
+        streamer = SimpleNamespace(put=lambda _: times.append(now()), end=lambda: None)
         output = self.model.generate(
             input_ids=self.prompts, attention_mask=torch.ones_like(self.prompts),
             do_sample=False, max_new_tokens=steps + 1, streamer=streamer,
