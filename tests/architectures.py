@@ -163,7 +163,7 @@ ARCHITECTURES = {
         ssm_state_size=16, mamba_num_heads=8, mamba_head_dim=16, n_groups=1, chunk_size=32,
         moe_shared_expert_intermediate_size=64, use_mamba_kernels=False),
     "recurrent_gemma": dict(block_types=["recurrent", "attention"], lru_width=64,
-                            attention_window_size=64, w_init_variance_scale=2.56),
+                            attention_window_size=64, w_init_variance_scale=0.16),
     # Embeddings for each layer, other head sizes in some layers.
     "gemma3n_text": WINDOWED | dict(
         num_kv_shared_layers=0, hidden_size_per_layer_input=16, laurel_rank=8,
