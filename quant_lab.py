@@ -358,7 +358,7 @@ def read_chats(file: Path) -> list:
     unit = "entry" if text.lstrip().startswith("[") else "line"
     lines = map(json.dumps, json.loads(text)) if unit == "entry" else text.split("\n")
     for number, line in enumerate(lines, 1):
-        if line.strip():
+        if line.strip() or not text.strip():  # Of a blank file, line 1 is none.
             try:
                 form, chat = read_chat(json.loads(line))
             except ValueError as error:
@@ -437,8 +437,8 @@ its own pass over the chats, layer by layer. `lab` is what runs share (see `set_
 
 Layers whose matrix GPTQ cannot invert are rounded to nearest: they are counted from
 llmcompressor's log, and the verdict warns of them. It repeats a row's `notes`: groups
-other than of 128, Linears that stay 16-bit. A
-checkpoint is refused if transformers does not read every weight of it again."""
+other than of 128, Linears that stay 16-bit. A checkpoint is refused if transformers
+does not read every weight of it again."""
 
 # %%
 def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
@@ -814,8 +814,8 @@ A variant goes from recipe to row in three steps, each from a fresh load: quanti
 scored, timed. One that fails leaves a row with its reason; where only timing fails,
 quality stays. Files are written after each row. A folder holds results of *one* set of
 options, model files, texts, rendered prompts, versions, machine and number of threads:
-a run that differs is refused and told by what. A row is measured again where only its
-recipe changed; other changes of the script go unnoticed: `--fresh`.
+a run that differs is refused and told by what. Where only a recipe changed, its row is
+measured again when asked for; other changes of the script go unnoticed: `--fresh`.
 
 Each compiled variant is timed in a process of its own: later models of a process at
 times decode 14 % slower on an H100, for seconds or for good, and why is not known. A
@@ -1079,12 +1079,13 @@ def list_best(rows: list[dict]) -> list[str]:
         return []
     others = [row for row in done if row["label"] != BASELINE]
     klds = [torch.tensor(row["kld"]["windows"])[:, None].double() for row in others]
+    least = min(klds, key=Tensor.mean)
     for row, kld in zip(others, klds):
-        row["gap"] = estimate(kld - min(klds, key=Tensor.mean))
+        row["gap"] = estimate(kld - least)
     sizes = [e["batch"] for row in rows for e in row["decode"] or () if e["tok_s"]]
-    goals, n = {"weight_bytes": "Smallest"}, max(sizes, default=1)
-    goals |= {"gap": "Closest to the reference by KLD"}
-    goals |= {"itl_ms@1": "Fastest for one sequence"}
+    n = max(sizes, default=1)
+    goals = {"weight_bytes": "Smallest", "gap": "Closest to the reference by KLD",
+             "itl_ms@1": "Fastest for one sequence"}
     goals |= {f"itl_ms@{n}": f"Fastest for a batch of {n}"} if n > 1 else {}
     lines = []
     for key, goal in goals.items():
@@ -1158,7 +1159,7 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
         for scheme in groups.values():
             weights = scheme.weights
             is_int8 = weights and weights.type == "int" and scheme.input_activations
-            if get_non_linearized_moes(model) and (is_int8 or not known):
+            if (is_int8 or not known) and get_non_linearized_moes(model):
                 what = "int8 experts" if known else "experts of this model"
                 raise ValueError(f"transformers would not load quantized {what} again")
             if not weights or weights.strategy != "group" or weights.group_size != 128:
@@ -1431,20 +1432,19 @@ def pack_model(model, sm: tuple[int, int]) -> None:
     """Pack each quantized Linear, on a GPU all, and fuse those with the same input."""
     if hook := getattr(model, "ct_decompress_hook", None):
         hook.remove()  # It would unpack all when the model first runs.
-    for name, linear in list(model.named_modules()):
-        kind, scale = find_kind(linear), getattr(linear, "weight_scale", None)
-        if kind == "dense" and not (any(sm) and isinstance(linear, torch.nn.Linear)):
+    for name, layer in list(model.named_modules()):
+        kind, scale = find_kind(layer), getattr(layer, "weight_scale", None)
+        if kind == "dense" and not (any(sm) and isinstance(layer, torch.nn.Linear)):
             continue
-        weight = linear.weight_packed if kind == "int4" else linear.weight
         if kind == "int4":
-            shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
-            nibbles = weight[..., None] >> shifts & 15
+            shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=scale.device)
+            nibbles = layer.weight_packed[..., None] >> shifts & 15
             nibbles = nibbles.view(*scale.shape, 8, -1).transpose(2, 3)
             weight = (nibbles << shifts).sum(-1, dtype=torch.int32).flatten(1)
-        elif kind != "dense":
-            weight = weight.view(torch.int8)
-        model.set_submodule(name, PackedLinear(kind, weight, scale, linear.bias, sm))
-        linear._parameters.clear()  # Or a reference cycle would keep them.
+        else:
+            weight = layer.weight if kind == "dense" else layer.weight.view(torch.int8)
+        model.set_submodule(name, PackedLinear(kind, weight, scale, layer.bias, sm))
+        layer._parameters.clear()  # Or a reference cycle would keep them.
     same_input = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
     for parent, names in product(list(model.modules()), same_input if any(sm) else ()):
         parts = [getattr(parent, name, None) for name in names]
@@ -1741,7 +1741,6 @@ def libraries_to(log: Path):
         yield
 
 def show_progress(what: str, items) -> tqdm:
-    # Shows in a terminal, after 10 s; a file has none.
     return tqdm(items, what, delay=10, leave=False, file=sys.__stdout__, disable=None)
 
 @contextlib.contextmanager

@@ -385,7 +385,7 @@ def test_model_folder_that_cannot_be_used(run_script, quick, small, tmp_path, da
 
 
 @pytest.mark.parametrize("content, says", [
-    ("", "no chat"), ("\n\n", "no chat"), ("[]", "no chat"),
+    ("", "line 1"), ("\n\n", "line 1"), ("[]", "no chat"),
     ('{"messages": [{"role": "user", "content": "hi"}]}\nnot json', "line 2"),
     ('{"text": "hi"}\n{"text": " "}', "line 2"), ('["hi"]', "entry 1"),
     ('{"messages": []}', "line 1"), ('{"messages": ["hi"]}', "line 1"),
