@@ -70,6 +70,7 @@ try:
 except ImportError:  # Comes with PyTorch for GPUs only.
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda kernel: None
 IN_NOTEBOOK = "__file__" not in globals()
+NOTEBOOK_OUTPUT = sys.stdout if IN_NOTEBOOK else None
 HERE = Path.cwd() if IN_NOTEBOOK else Path(__file__).resolve().parent
 
 # %% [markdown]
@@ -562,17 +563,29 @@ def score_text(model, windows: Tensor, unscored: int, visit) -> Tensor:
     return torch.cat(losses).view(len(windows), -1).double().cpu()
 
 # %%
-def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
+def generate(model, ids: Tensor, mask: Tensor, new_tokens: int, ends, visit):
+    """Continue ids [batch, n], greedy; `visit` gets the prompts, then each token."""
     from transformers import GenerationConfig
-    # Or the model's own defaults may ask for sampling, or a repetition penalty.
+    # Or the model's own settings may ask for sampling, or a repetition penalty.
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
+    return model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens,
+        streamer=SimpleNamespace(put=visit, end=lambda: None),
+        return_dict_in_generate=True)
+
+def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
+    """Return completions of lab.prompts, ids [1, n] each, up to what ends them."""
     ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(eos_token_id=ends)
+    width = max(ids.shape[1] for ids in lab.prompts)
+    ids, mask = (torch.cat([F.pad(x, (width - x.shape[1], 0)) for x in some])
+                 for some in (lab.prompts, map(torch.ones_like, lab.prompts)))
+    with show_progress("completing", range(1 + lab.options.new_tokens)) as bar:
+        output = generate(model, ids.to(model.device), mask.to(model.device),
+                          lab.options.new_tokens, ends, lambda _: bar.update())
     completions = []
-    for prompt in show_progress("completing", lab.prompts):
-        prompt = prompt.to(model.device)
-        ids = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt),
-                             do_sample=False, max_new_tokens=lab.options.new_tokens)
-        completions.append(ids[0, prompt.shape[1]:].tolist())
+    for made in output.sequences[:, width:].tolist():
+        is_end = [token in tree_leaves(ends) for token in made]  # Padding follows.
+        completions.append(made[: 1 + is_end.index(True)] if any(is_end) else made)
     return completions
 
 @torch.no_grad()
@@ -691,18 +704,13 @@ def held_bytes(model) -> int:
 class Generator:
     """Continue prompts, ids [batch, n], as plain transformers does."""
     def __init__(self, model, prompts: Tensor, new_tokens: int):
-        from transformers import GenerationConfig
-        model.generation_config = GenerationConfig()  # Greedy, and never at an end.
         self.model, self.prompts, self.cache = model, prompts, []
 
     def run(self, steps: int) -> tuple[float, float]:
         """Return seconds of the prefill and of the steps."""
         times = []
-        streamer = SimpleNamespace(put=lambda _: times.append(now()), end=lambda: None)
-        output = self.model.generate(
-            input_ids=self.prompts, attention_mask=torch.ones_like(self.prompts),
-            do_sample=False, max_new_tokens=steps + 1, streamer=streamer,
-            return_dict_in_generate=True)
+        output = generate(self.model, self.prompts, torch.ones_like(self.prompts),
+                          steps + 1, None, lambda _: times.append(now()))
         self.cache = getattr(output.past_key_values, "layers", [])
         return times[1] - times[0], times[-1] - times[1]
 
@@ -777,7 +785,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
         compile_layers(model)
     elif prompts.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    for batch in options.batch_sizes:
+    for batch in show_progress("timing", options.batch_sizes):
         decoder, begin = None, now()  # Frees the one before.
         try:
             kind = Decoder if compiled else Generator
@@ -1741,7 +1749,16 @@ def libraries_to(log: Path):
         yield
 
 def show_progress(what: str, items) -> tqdm:
-    return tqdm(items, what, delay=10, leave=False, file=sys.__stdout__, disable=None)
+    """Show the time left of what takes long: a bar on a terminal, else lines."""
+    out = NOTEBOOK_OUTPUT or sys.__stdout__
+    if out.isatty():
+        return tqdm(items, what, delay=10, leave=False, file=out)
+    def write(text: str) -> None:
+        if text.strip():
+            print(text.strip(), file=out, flush=True)
+    lines = SimpleNamespace(write=write, flush=out.flush)
+    return tqdm(items, what, delay=60, leave=False, file=lines, mininterval=60,
+                maxinterval=60)  # Seconds.
 
 @contextlib.contextmanager
 def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
