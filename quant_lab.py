@@ -214,8 +214,7 @@ def parse_options(words: list[str]) -> Options:
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Options)}
     forms = {bool: dict(action="store_true"), tuple: dict(nargs="+")}
     for flag, f in flags.items():
-        form = dict(type=type(f.default), choices=f.metadata["choices"])
-        form = forms.get(type(f.default), form)
+        form = forms.get(f.type, dict(type=f.type, choices=f.metadata["choices"]))
         parser.add_argument(flag, default=f.default, help=f.metadata["help"], **form)
     if "--demo" in words:
         parser.set_defaults(**DEMO)
@@ -351,25 +350,23 @@ def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
         raise ValueError(f"has {', '.join(entry) or 'no keys'}, and no chat")
     return form, chat[0]["content"] if form == "text" else chat
 
-def read_chats(file: Path) -> list:
+def read_chats(name: str) -> list:
     """Return chats of a file; ValueError names the line or entry that is none."""
-    forms, chats = Counter(), []
-    data = file.read_bytes()
-    text = (gzip.decompress(data) if file.suffix == ".gz" else data).decode("utf-8-sig")
+    found, data = [], Path(find_path(name) or name).read_bytes()
+    text = (gzip.decompress(data) if name.endswith(".gz") else data).decode("utf-8-sig")
     unit = "entry" if text.lstrip().startswith("[") else "line"
     lines = map(json.dumps, json.loads(text)) if unit == "entry" else text.split("\n")
     for number, line in enumerate(lines, 1):
         if line.strip() or not text.strip():  # Of a blank file, line 1 is none.
             try:
-                form, chat = read_chat(json.loads(line))
+                found.append(read_chat(json.loads(line)))
             except ValueError as error:
                 raise ValueError(f"{unit} {number}: {getattr(error, 'msg', error)}")
             except (AttributeError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{unit} {number}: no chat: {line[:80]}") from None
-            forms[form] += 1
-            chats.append(chat)
+    forms = Counter(form for form, _ in found)
     print(f"chats        {', '.join(f'{n} of {form}' for form, n in forms.items())}")
-    return chats
+    return [chat for _, chat in found]
 
 # %%
 def load_calibration(options: Options, tokenizer, context: int) -> dict[str, list]:
@@ -378,12 +375,11 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
     length, samples, refused = min(options.calibration_length, context), [], Counter()
     advice = 'give a file of {"messages": [{"role": "user", "content": "..."}, ...]}'
     with usable("--calibration-data", source, advice):
-        if source == ULTRACHAT:
-            chats = fetch(f"{source}/data/train_sft-*", "messages", 4 * wanted)
-        else:
-            chats = read_chats(find_path(source) or Path(source))
+        chats = (fetch(f"{source}/data/train_sft-*", "messages", 4 * wanted)
+                 if source == ULTRACHAT else read_chats(source))
     random.Random(options.seed).shuffle(chats)
-    for chat in chats:
+    while chats and len(samples) < wanted:
+        chat = chats.pop(0)
         render = tokenizer if isinstance(chat, str) else tokenizer.apply_chat_template
         try:  # A template may refuse a system turn, or roles in this order.
             ids = render(chat, return_dict=True).input_ids[:length]
@@ -392,8 +388,6 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
             samples.append(ids)
         except Exception as error:
             refused[describe(error)] += 1
-        if len(samples) == wanted:
-            break
     why = "".join(f"; the template refused {n}: {x}" for x, n in refused.items())
     if not samples:
         stop(f"--calibration-data {source}: no chat is left{why}")
@@ -410,11 +404,9 @@ def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, 
     """Return windows [n, tokens] of the text and the ids that begin each, or exit."""
     source, window, begin = options.eval_text, options.window, list_specials(tokenizer)
     with usable("--eval-text", source, "give a text file in UTF-8"):
-        if source == WIKITEXT:
-            text = "\n\n".join(fetch(f"{source}/wikitext-2-raw-v1/test-*", "text"))
-        else:
-            text = (find_path(source) or Path(source)).read_text("utf-8-sig")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        rows = (fetch(f"{source}/wikitext-2-raw-v1/test-*", "text") if source == WIKITEXT
+                else [Path(find_path(source) or source).read_text("utf-8-sig")])
+    ids = tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False).input_ids
     size = window - len(begin)
     if window > context or not 0 < size <= len(ids):
         stop(f"--window {window}: at most {context} (context) or {len(ids)} ({source})")
@@ -545,22 +537,19 @@ def apply_head(model, output, hidden: Tensor) -> Tensor:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits[0]
 
-@torch.no_grad()
-def score_text(model, windows: Tensor, unscored: int, visit) -> Tensor:
-    """Return losses [windows, tokens], in nats, of ids [windows, window]; `visit` gets
-    the hidden states [n, width] and logits [n, vocabulary] of each chunk."""
-    losses = []
-    for ids in show_progress("scoring", windows.to(model.device)):
+def score_text(model, lab: SimpleNamespace):
+    """Yield hidden states [n, width], logits [n, vocabulary] and losses [n], in nats, of
+    the scored tokens of lab.windows, ids [windows, window], chunk by chunk."""
+    for ids in show_progress("scoring", lab.windows.to(model.device)):
         output = find_decoder(model)(input_ids=ids[None], use_cache=False)
-        states = output.last_hidden_state[0, unscored - 1 : -1]
+        states = output.last_hidden_state[0, lab.unscored - 1 : -1].split(CHUNK)
         # In chunks: 2,048 x 151,936 logits take 1.2 GB in float32.
-        for hidden, wanted in zip(states.split(CHUNK), ids[unscored:].split(CHUNK)):
+        for hidden, wanted in zip(states, ids[lab.unscored :].split(CHUNK)):
             logits = apply_head(model, output, hidden)
             if not logits.isfinite().all():
                 raise FloatingPointError("logits are not finite: try another --dtype")
-            losses.append(F.cross_entropy(logits.float(), wanted, reduction="none"))
-            visit(hidden, logits)
-    return torch.cat(losses).view(len(windows), -1).double().cpu()
+            losses = F.cross_entropy(logits.float(), wanted, reduction="none")
+            yield hidden, logits, losses.double()
 
 # %%
 def generate(model, ids: Tensor, mask: Tensor, new_tokens: int, ends, visit):
@@ -591,9 +580,9 @@ def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
 @torch.no_grad()
 def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     """Return losses, completions, hidden states of the text and the head they go to."""
-    model, states = place_model(lab.model_folder, lab.options, lab.device), []
-    losses = score_text(model, lab.windows, lab.unscored,
-                        lambda hidden, _: states.append(hidden.cpu()))
+    model = place_model(lab.model_folder, lab.options, lab.device)
+    states, losses = zip(*((hidden.cpu(), losses.cpu())
+                           for hidden, _, losses in score_text(model, lab)))
     completions, decoder = complete_prompts(model, lab), find_decoder(model)
     ids = lab.windows[:1, :2].to(lab.device)
     alone, output = (decoder(input_ids=x, use_cache=False) for x in (ids[:, :1], ids))
@@ -603,7 +592,7 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     for part in decoder.children():  # What is left is the head, and what follows it.
         if isinstance(part, torch.nn.ModuleList):
             del part[:]
-    return SimpleNamespace(losses=losses, states=states, head=model.cpu(),
+    return SimpleNamespace(losses=torch.cat(losses), states=states, head=model.cpu(),
                            output=output, completions=completions)
 
 # %%
@@ -624,18 +613,17 @@ def estimate(values: Tensor, scale=float, name="value") -> dict:
 def raise_e(x: float) -> float:
     return math.exp(min(x, 709.0))  # Of more, e to the x is no float.
 
+@torch.no_grad()
 def measure_quality(model, lab: SimpleNamespace) -> dict:
     reference, parts, completions = lab.reference, [], []
     reference.head.to(lab.device)
-    def compare(hidden, logits):
-        wanted = reference.states[len(parts)].to(lab.device)
-        wanted = apply_head(reference.head, reference.output, wanted)
+    for (_, logits, losses), state in zip(score_text(model, lab), reference.states):
+        wanted = apply_head(reference.head, reference.output, state.to(lab.device))
         p, q = (F.log_softmax(x.double(), dim=-1) for x in (wanted, logits))
         kld, same = (p.exp() * (p - q)).sum(-1), wanted.argmax(-1) == logits.argmax(-1)
-        parts.append(torch.stack([kld, same]).cpu())
-    losses = score_text(model, lab.windows, lab.unscored, compare)
+        parts.append(torch.stack([losses, kld, same]).cpu())
     reference.head.cpu()
-    kld, agrees = torch.cat(parts, dim=1).view(2, *losses.shape)
+    losses, kld, agrees = torch.cat(parts, dim=1).view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
     for prompt, made, wanted in zip(PROMPTS, mine, reference.completions):
         differs = [a != b for a, b in zip_longest(made, wanted)]
@@ -646,7 +634,7 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     cuts = kld.flatten().quantile(kld.new_tensor([0.5, 0.99, 0.999])).tolist()
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
-        perplexity_ratio=estimate(losses - reference.losses, raise_e),
+        perplexity_ratio=estimate(losses - reference.losses.view_as(losses), raise_e),
         tokens_scored=losses.numel(), window_losses=losses.mean(1).tolist(),
         top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
         kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
@@ -719,10 +707,10 @@ class Decoder:
     """Continue prompts in tensors that stay where they are, on a GPU as CUDA graphs."""
     def __init__(self, model, prompts: Tensor, new_tokens: int):
         from transformers.cache_utils import StaticLayer
-        batch, start = prompts.shape
-        length = math.ceil((start + new_tokens) / 16) * 16  # SDPA wants that.
-        self.model, self.start, self.token = model, start, prompts[:, -1:].clone()
-        places = torch.arange(start, device=prompts.device)
+        self.model, self.alone, self.start = model, len(prompts) == 1, prompts.shape[1]
+        length = math.ceil((self.start + new_tokens) / 16) * 16  # SDPA wants that.
+        self.token = prompts[:, -1:].clone()
+        places = torch.arange(self.start, device=prompts.device)
         self.prefill = partial(self.advance, prompts, places, None)
         self.position = places[-1:] + 1
         self.mask = prompts.new_zeros(1, 1, 1, length, dtype=model.dtype)
@@ -734,7 +722,7 @@ class Decoder:
         if prompts.is_cuda:
             torch.cuda.reset_peak_memory_stats()
             self.step = self.record(self.step)
-            if batch == 1:
+            if self.alone:
                 self.prefill = self.record(self.prefill)
 
     def record(self, work):
@@ -755,14 +743,13 @@ class Decoder:
         self.position += 1
 
     def run(self, steps: int) -> tuple[float, float]:
-        alone = len(self.token) == 1
         self.token.copy_(self.first)
         self.position.fill_(self.start)
         self.mask[..., self.start :] = -math.inf
         for layer in self.cache:  # Tokens that it holds.
-            layer.cumulative_length.fill_(0 if alone else self.start)
+            layer.cumulative_length.fill_(0 if self.alone else self.start)
         start = now()
-        if alone:
+        if self.alone:
             self.prefill()
         prefilled = now()
         for _ in range(steps):
@@ -774,13 +761,13 @@ class Decoder:
 def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> dict:
     """Return speed and memory of continuing prompts [n, tokens], batch by batch."""
     size = 10**9 if prompts.is_cuda else 10**8  # Bytes, beyond any cache.
-    setup = "x = torch.ones(size, dtype=torch.int8, device=device); y = x.clone()"
-    timer = Timer("y.copy_(x)", setup, num_threads=torch.get_num_threads(),
-                  globals=dict(size=size, device=model.device))
+    setup = f"x, y = torch.ones(2, {size}, dtype=torch.int8, device='{model.device}')"
+    timer = Timer("y.copy_(x)", setup, num_threads=torch.get_num_threads())
     bandwidth = 2 * size / timer.timeit(10).median  # Read and written, per second.
     steps, first, decode, preparing = options.new_tokens - 1, None, [], 0.0
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight.data_ptr() == head.weight.data_ptr()
+    weights = held_bytes(model) - (0 if tied else embedding.weight.nbytes)
     if compiled:
         compile_layers(model)
     elif prompts.is_cuda:
@@ -803,10 +790,8 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
             latency_s=summarize([sum(run) for run in runs]),
             peak_memory_bytes=torch.cuda.max_memory_allocated() or None)
         itl = [seconds / steps for _, seconds in runs]
-        cached = [x.nbytes for layer in decoder.cache for x in vars(layer).values()
-                  if isinstance(x, Tensor)]
-        read = held_bytes(model) + sum(cached)
-        read -= 0 if tied else embedding.weight.nbytes
+        cached = [x for layer in decoder.cache for x in vars(layer).values()]
+        read = weights + sum(x.nbytes for x in cached if isinstance(x, Tensor))
         decode.append(dict(
             batch=batch, tok_s=summarize([batch / x for x in itl]),
             itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
@@ -1925,7 +1910,6 @@ def set_up(words: list[str]) -> SimpleNamespace:
     with usable("--output-dir", output, "name another that can be written to"):
         lab.output = Path(output).expanduser()
         lab.output.mkdir(parents=True, exist_ok=True)
-        (lab.output / "log.txt").touch()
         if options.fresh:
             (lab.output / "results.json").unlink(missing_ok=True)
             for label in VARIANTS:

@@ -45,8 +45,10 @@ def cut(ids, window, max_windows=0):
 
 
 def score(model, ids, window):
-    """Return losses of token ids in windows."""
-    return quant_lab.score_text(model, cut(ids, window), 1, lambda hidden, logits: None)
+    """Return losses [windows, tokens] of token ids in windows."""
+    lab = SimpleNamespace(windows=cut(ids, window), unscored=1)
+    losses = torch.cat([losses for *_, losses in quant_lab.score_text(model, lab)])
+    return losses.view(len(lab.windows), -1)
 
 
 def test_perplexity_of_uniform_logits_is_the_vocabulary():
@@ -399,9 +401,9 @@ def test_a_loss_whose_exponential_is_no_float_is_a_figure(lab, monkeypatch):
     """Let the variant lose 800 nats a token more: in the row stands what JSON can hold."""
     real = quant_lab.measure_reference
 
-    def lose(model, windows, unscored, visit):
-        losses = score(model, windows, unscored, visit)
-        return losses + 800 if started else losses
+    def lose(model, lab):
+        for hidden, logits, losses in score(model, lab):
+            yield hidden, logits, losses + 800 if started else losses
 
     def refer(lab):
         reference = real(lab)
