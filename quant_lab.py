@@ -23,7 +23,6 @@ that model written and loaded again: what differs there is noise of the measurem
 Machinery, to be skipped at first reading, follows the story; the runs come last."""
 
 # %%
-import argparse
 import contextlib
 import gc
 import gzip
@@ -45,6 +44,7 @@ import sys
 import textwrap
 import time
 import traceback
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -207,9 +207,8 @@ def find_label(word: str) -> str:
 
 def parse_options(words: list[str]) -> Options:
     """Read options from command-line words; a bad name or value exits with 2."""
-    parser = argparse.ArgumentParser(
-        "quant_lab.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser("quant_lab.py", description=__doc__, allow_abbrev=False,
+                            formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Options)}
     forms = {bool: dict(action="store_true"), tuple: dict(nargs="+")}
@@ -604,11 +603,10 @@ def estimate(values: Tensor, scale=float, name="value") -> dict:
         return {name: scale(mean), "low": None, "high": None}
     places = torch.arange(windows) * blocks // windows
     sums = torch.bincount(places, weights=(values - mean).sum(1))
-    error = math.sqrt(sums.square().sum() * blocks / (blocks - 1)) / values.numel()
     n = blocks - 1  # Degrees of freedom; 1.960 is the normal distribution's.
     t = 1.960 + 2.372 / n + 2.822 / n**2 + 2.556 / n**3 + 1.589 / n**4
-    low, high = mean - t * error, mean + t * error
-    return {name: scale(mean), "low": scale(low), "high": scale(high)}
+    half = t * (math.sqrt(sums.square().sum() * blocks / n) / values.numel())
+    return {name: scale(mean), "low": scale(mean - half), "high": scale(mean + half)}
 
 def raise_e(x: float) -> float:
     return math.exp(min(x, 709.0))  # Of more, e to the x is no float.
@@ -732,9 +730,8 @@ class Decoder:
         return graph.replay
 
     def advance(self, ids, places, mask) -> None:
-        logits = self.model(
-            input_ids=ids, position_ids=places[None], attention_mask=mask,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(input_ids=ids, position_ids=places[None], attention_mask=mask,
+                            past_key_values=self.cache, logits_to_keep=1).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
 
     def step(self) -> None:
@@ -778,8 +775,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
             kind = Decoder if compiled else Generator
             decoder = kind(model, prompts[:batch], options.new_tokens)
             preparing += now() - begin
-            decoder.run(steps)  # Warm-up.
-            runs = [decoder.run(steps) for _ in range(options.repeats)]
+            _, *runs = [decoder.run(steps) for _ in range(1 + options.repeats)]
         except Exception as error:
             if not decode or not lacks_memory(error):
                 raise
