@@ -775,6 +775,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
             kind = Decoder if compiled else Generator
             decoder = kind(model, prompts[:batch], options.new_tokens)
             preparing += now() - begin
+            # The first is the warm-up.
             _, *runs = [decoder.run(steps) for _ in range(1 + options.repeats)]
         except Exception as error:
             if not decode or not lacks_memory(error):
