@@ -29,7 +29,6 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -1215,7 +1214,7 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
     smoother = next((m for m in recipe if hasattr(m, "mappings")), None)
     choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
     def prove(modifiers, **named):
-        if smoother not in modifiers:  # It is done, and quantizing comes next.
+        if smoother and smoother not in modifiers:  # It is done, quantizing comes next.
             before, after = reading.logs, Reading(model, ids).logs
             kld = (before.exp() * (before - after)).sum(-1).mean().item()
             pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
@@ -1225,13 +1224,11 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
             if not kld <= SMOOTHING_LIMIT:
                 raise ValueError(f"smoothing changed the model: a KLD of {kld:.4f}")
         return choose(modifiers, **named)
-    if not smoother:
-        yield
-        return
-    with norm_calibration_context(model):  # Turns known 1 + weight into weight.
-        reading = Reading(model, ids)
-        if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
-            smoother.mappings = find_pairs(model, reading)
+    if smoother:
+        with norm_calibration_context(model):  # Turns known 1 + weight into weight.
+            reading = Reading(model, ids)
+            if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
+                smoother.mappings = find_pairs(model, reading)
     with patch.object(CalibrationPipeline, "from_modifiers", prove):
         yield
 
@@ -1270,9 +1267,11 @@ def place_model(folder: Path, options: Options, device: torch.device):
     """Return a causal LM on the device; `unpacked` lists what of it is not packed."""
     from transformers import AutoModelForCausalLM
     free_memory()
-    dtype = getattr(torch, options.dtype)
+    sm = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
+    if (0, 0) < sm < (8, 0):  # Its fast kernel wants as many heads of keys as of queries.
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, output_loading_info=True, trust_remote_code=False,
+        folder, dtype=options.dtype, output_loading_info=True, trust_remote_code=False,
         use_safetensors=True)
     model.eval().to(device)
     quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme")]
@@ -1294,7 +1293,7 @@ def place_model(folder: Path, options: Options, device: torch.device):
             linear.forward = partial(forward_rows, linear.forward)
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16:  # Experts, and some formats, unpack so.
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(getattr(torch, options.dtype))
     if model.packs:
         cuda = device.type == "cuda"
         pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
@@ -1745,12 +1744,12 @@ def show_progress(what: str, items) -> tqdm:
 @contextlib.contextmanager
 def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
     """Yield the lines of llmcompressor's log, with its rough edges taken off."""
-    from llmcompressor import reset_session
+    from llmcompressor import create_session
     from llmcompressor.pipelines import data_free, sequential
     from loguru import logger
     for module in data_free.pipeline, sequential.pipeline:
         module.get_main_device = lambda: lab.device  # Else the first accelerator.
-    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    torch.fx._symbolic_trace.log.setLevel("ERROR")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # It could not be saved; what ends a completion stays.
@@ -1764,13 +1763,9 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
             bar.update((int(layer[1]) - bar.n) % layers)
     logger.configure(handlers=[dict(sink=follow, level="INFO")])
     # What was traced would stay in a table of torch.fx, and keep the model for ever.
-    with (patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch),
+    with (create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch),
           show_progress("calibrating", range(layers * passes)) as bar):
-        try:
-            yield lines
-        finally:
-            logger.remove()
-            reset_session()
+        yield lines
 
 def run_apart(function) -> dict:
     """Return what a function returns in a new process, which dies with this one."""
