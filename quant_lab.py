@@ -1067,10 +1067,9 @@ def list_best(rows: list[dict]) -> list[str]:
     if len(done) < 2:
         return []
     others = [row for row in done if row["label"] != BASELINE]
-    klds = [torch.tensor(row["kld"]["windows"])[:, None].double() for row in others]
-    least = min(klds, key=Tensor.mean)
-    for row, kld in zip(others, klds):
-        row["gap"] = estimate(kld - least)
+    klds = torch.tensor([row["kld"]["windows"] for row in others]).double()
+    for row, gap in zip(others, klds - klds[klds.mean(1).argmin()]):
+        row["gap"] = estimate(gap[:, None])  # To the least.
     sizes = [e["batch"] for row in rows for e in row["decode"] or () if e["tok_s"]]
     n = max(sizes, default=1)
     goals = {"weight_bytes": "Smallest", "gap": "Closest to the reference by KLD",
@@ -1291,9 +1290,9 @@ def place_model(folder: Path, options: Options, device: torch.device):
         model.hf_quantizer.compressor.decompress_model(model)
         for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
             linear.forward = partial(forward_rows, linear.forward)
-    for parameter in model.parameters():
-        if parameter.dtype == torch.bfloat16:  # Experts, and some formats, unpack so.
-            parameter.data = parameter.data.to(getattr(torch, options.dtype))
+    # Experts, and some formats, unpack so.
+    for parameter in [p for p in model.parameters() if p.dtype == torch.bfloat16]:
+        parameter.data = parameter.data.to(getattr(torch, options.dtype))
     if model.packs:
         cuda = device.type == "cuda"
         pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
@@ -1801,11 +1800,10 @@ def render_card(results: dict) -> str:
 
 def render_completions(rows: list[dict], number: int) -> str:
     lines = [f"**{PROMPTS[number]}**\n"]
-    for row in rows:
-        if row["divergence"]:
-            one = row["divergence"]["completions"][number]
-            lines.append(fill(f"{row['label']}, {one['same_tokens']} tokens the same: "
-                              f"{quote(one['completion'])}", "- "))
+    for row in [row for row in rows if row["divergence"]]:
+        one = row["divergence"]["completions"][number]
+        lines.append(fill(f"{row['label']}, {one['same_tokens']} tokens the same: "
+                          f"{quote(one['completion'])}", "- "))
     return "\n".join(lines)
 
 def render_summary(results: dict) -> str:
