@@ -1290,7 +1290,7 @@ def place_model(folder: Path, options: Options, device: torch.device):
         model.hf_quantizer.compressor.decompress_model(model)
         for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
             linear.forward = partial(forward_rows, linear.forward)
-    # Experts, and some formats, unpack so.
+    # To bfloat16 unpack experts, and some formats.
     for parameter in [p for p in model.parameters() if p.dtype == torch.bfloat16]:
         parameter.data = parameter.data.to(getattr(torch, options.dtype))
     if model.packs:
