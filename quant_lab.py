@@ -1189,9 +1189,9 @@ class Reading(torch.overrides.TorchFunctionMode):
                 self.readers.setdefault(id(x), set()).add(weight)
         return result
 
-def find_pairs(model, reading: Reading) -> list:
-    """Return names: Linears, and the norm whose output they, and nothing else, read."""
-    names, pairs = {module: name for name, module in model.named_modules()}, []
+def find_pairs(model, reading: Reading):
+    """Yield names: Linears, and the norm whose output they, and nothing else, read."""
+    names = {module: name for name, module in model.named_modules()}
     linears = {id(module.weight): name for module, name in names.items()
                if isinstance(module, torch.nn.Linear)
                and module is not model.get_output_embeddings()}
@@ -1201,11 +1201,9 @@ def find_pairs(model, reading: Reading) -> list:
         # Not all are proportional to their weight: some multiply by 1 + weight.
         if None not in readers and not torch.func.functional_call(
                 norm, zeros, inputs).any():
-            pairs.append([sorted(readers), names[norm]])
-    return pairs
+            yield [sorted(readers), names[norm]]
 
 # %%
-@contextlib.contextmanager
 def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
     """Set what SmoothQuant smooths; prove that what is smoothed within is the same."""
     from llmcompressor.modeling.offset_norm import norm_calibration_context
@@ -1227,9 +1225,8 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
         with norm_calibration_context(model):  # Turns known 1 + weight into weight.
             reading = Reading(model, ids)
             if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
-                smoother.mappings = find_pairs(model, reading)
-    with patch.object(CalibrationPipeline, "from_modifiers", prove):
-        yield
+                smoother.mappings = list(find_pairs(model, reading))
+    return patch.object(CalibrationPipeline, "from_modifiers", prove)
 
 # %% [markdown]
 """## Packed Linears
