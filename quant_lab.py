@@ -402,9 +402,9 @@ def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, 
     """Return windows [n, tokens] of the text and the ids that begin each, or exit."""
     source, window, begin = options.eval_text, options.window, list_specials(tokenizer)
     with usable("--eval-text", source, "give a text file in UTF-8"):
-        rows = (fetch(f"{source}/wikitext-2-raw-v1/test-*", "text") if source == WIKITEXT
-                else [Path(find_path(source) or source).read_text("utf-8-sig")])
-    ids = tokenizer("\n\n".join(rows), add_special_tokens=False, verbose=False).input_ids
+        rows = [Path(find_path(source) or source).read_text("utf-8-sig")] if (
+            source != WIKITEXT) else fetch(f"{source}/wikitext-2-raw-v1/test-*", "text")
+    ids = tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids
     size = window - len(begin)
     if window > context or not 0 < size <= len(ids):
         stop(f"--window {window}: at most {context} (context) or {len(ids)} ({source})")
@@ -509,7 +509,7 @@ turns them into logits again, in the same slices as the variant's: the same figu
 a KLD of exactly 0. **Top-1**: at how many tokens the most probable one is the same.
 
 **Tokens**: how many of a greedy completion go by before the first that differs from the
-reference's, of eight prompts: few, so read the completions, do not rank by it.
+reference's, of eight prompts, padded to one batch: read them, do not rank by it.
 
 **The interval** of 95 % (±: its half) speaks for the choice of text, not for that of
 chats (compare two seeds). What stands in one article errs together, so neither tokens
@@ -536,7 +536,7 @@ def apply_head(model, output, hidden: Tensor) -> Tensor:
         return model(input_ids=ids, use_cache=False).logits[0]
 
 def score_text(model, lab: SimpleNamespace):
-    """Yield hidden states [n, width], logits [n, vocabulary] and losses [n], in nats, of
+    """Yield hidden states [n, width], logits [n, vocabulary], losses [n], in nats, of
     the scored tokens of lab.windows, ids [windows, window], chunk by chunk."""
     for ids in show_progress("scoring", lab.windows.to(model.device)):
         output = find_decoder(model)(input_ids=ids[None], use_cache=False)
@@ -729,9 +729,9 @@ class Decoder:
         return graph.replay
 
     def advance(self, ids, places, mask) -> None:
-        logits = self.model(input_ids=ids, position_ids=places[None], attention_mask=mask,
-                            past_key_values=self.cache, logits_to_keep=1).logits
-        self.token.copy_(logits[:, -1:].argmax(-1))
+        output = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1,
+                            position_ids=places[None], past_key_values=self.cache)
+        self.token.copy_(output.logits[:, -1:].argmax(-1))
 
     def step(self) -> None:
         self.mask.index_fill_(3, self.position, 0)
@@ -1262,9 +1262,10 @@ first to be called computes for all, the others cut their slice of it."""
 def place_model(folder: Path, options: Options, device: torch.device):
     """Return a causal LM on the device; `unpacked` lists what of it is not packed."""
     from transformers import AutoModelForCausalLM
+    from transformers.integrations import sdpa_attention
     free_memory()
     sm = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
-    if (0, 0) < sm < (8, 0):  # Its fast kernel wants as many heads of keys as of queries.
+    if (0, 0) < sm < (8, 0):  # Its fast kernel takes no shared heads: they are copied.
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=options.dtype, output_loading_info=True, trust_remote_code=False,
@@ -1291,8 +1292,7 @@ def place_model(folder: Path, options: Options, device: torch.device):
     for parameter in [p for p in model.parameters() if p.dtype == torch.bfloat16]:
         parameter.data = parameter.data.to(getattr(torch, options.dtype))
     if model.packs:
-        cuda = device.type == "cuda"
-        pack_model(model, torch.cuda.get_device_capability() if cuda else (0, 0))
+        pack_model(model, sm)
     return model
 
 def forward_rows(forward, x: Tensor) -> Tensor:
@@ -1356,7 +1356,7 @@ class PackedLinear(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype, kind, x_scale = x.shape, x.dtype, self.kind, None
-        x = x.reshape(-1, shape[-1])
+        x = x.reshape(-1, shape[-1]).contiguous()
         route, has_dot = self.choose_route(len(x)), triton and self.sm >= (8, 0)
         if kind in ("int8", "fp8"):
             x, x_scale = round_activations(kind, x, self.native)
@@ -1631,6 +1631,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **named):
     if window < key.shape[2] or named.get("softcap") or named.get("s_aux") is not None:
         raise ValueError("no kernel for sliding windows, soft caps, sinks")
     if query.shape[2] > 1:  # The whole prompt: causal, and no mask.
+        key, value = (x[:, :, : query.shape[2]] for x in (key, value))
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
     if triton and query.is_cuda and len(key) == 1 and key.shape[3] in (64, 128, 256):
         return attend_row(query, key, value, attention_mask, scaling), None
@@ -1728,14 +1729,10 @@ def libraries_to(log: Path):
 def show_progress(what: str, items) -> tqdm:
     """Show the time left of what takes long: a bar on a terminal, else lines."""
     out = NOTEBOOK_OUTPUT or sys.__stdout__
-    if out.isatty():
-        return tqdm(items, what, delay=10, leave=False, file=out)
-    def write(text: str) -> None:
-        if text.strip():
-            print(text.strip(), file=out, flush=True)
-    lines = SimpleNamespace(write=write, flush=out.flush)
-    return tqdm(items, what, delay=60, leave=False, file=lines, mininterval=60,
-                maxinterval=60)  # Seconds.
+    seconds, end = (0.1, "") if out.isatty() else (60, "\n")
+    return tqdm(items, what, file=out, leave=bool(end), mininterval=seconds,
+                delay=max(10, seconds), maxinterval=max(10, seconds),
+                bar_format="{l_bar}{bar}{r_bar}" + end)
 
 @contextlib.contextmanager
 def llmcompressor_session(lab: SimpleNamespace, model, passes: int):

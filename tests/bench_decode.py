@@ -135,11 +135,10 @@ def bench(kind: str, args: argparse.Namespace) -> None:
         with torch.no_grad():
             kind = quant_lab.Decoder if cuda else quant_lab.Generator
             decoder = kind(model, prompts[:1], args.new_tokens)
-            decoder.run(1)
-            for act in (decoder.prefill, decoder.step) if cuda else [partial(decoder.run, 1)]:
+            for steps in 0, 1:  # The prefill alone, then with a step.
+                decoder.run(steps)
                 with torch.profiler.profile() as profile:
-                    act()
-                    quant_lab.now()
+                    decoder.run(steps)
                 print(profile.key_averages().table(
                     sort_by=f"self_{device.type}_time_total", max_name_column_width=70,
                     row_limit=args.profile))

@@ -712,29 +712,43 @@ def test_model_cards_are_what_the_hub_reads(results):
 # On a terminal, and in a notebook.
 
 
-def test_bars_of_progress_are_for_terminals(monkeypatch, capsys):
-    assert quant_lab.show_progress("scoring", range(3)).disable, "pytest's output is none"
+class Output:
+    """Stand for the place that output goes to."""
 
-    class Terminal:
-        text = ""
+    def __init__(self, terminal):
+        self.text, self.isatty = "", lambda: terminal
 
-        def isatty(self):
-            return True
+    def write(self, text):
+        self.text += text
 
-        def write(self, text):
-            Terminal.text += text
+    def flush(self):
+        pass
 
-        def flush(self):
-            pass
 
-    monkeypatch.setattr(sys, "__stdout__", Terminal())
-    bar = quant_lab.show_progress("scoring", range(3))
-    bar.update()
-    assert Terminal.text == "", "nothing within the first seconds"
-    bar.delay, bar.start_t = 0, bar.start_t - 60
-    bar.update()
-    bar.refresh()
-    assert "scoring" in Terminal.text and "2/3" in Terminal.text
+@pytest.mark.parametrize("terminal, seconds, again", [(True, 10, 1), (False, 60, 60)])
+def test_what_takes_long_says_how_long_it_still_takes(monkeypatch, terminal, seconds, again):
+    """Draw a bar on a terminal, which redraws it; add a line a minute to anything else."""
+    output, clock = Output(terminal), [1000.0]
+    monkeypatch.setattr(sys, "__stdout__", output)
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    bar = quant_lab.show_progress("scoring", range(400))
+    assert not bar.disable and bar.maxinterval == seconds
+    bar._time = lambda: clock[0]
+
+    def work(duration):
+        seen = output.text.count("scoring")
+        for _ in range(10 * duration):
+            clock[0] += 0.1
+            bar.update(0.1)
+        return output.text.count("scoring") - seen
+
+    bar.start_t = bar.last_print_t = clock[0]
+    assert work(seconds - 1) == 0 and output.text == "", "nothing for what is quick"
+    assert work(again + 2) >= 1
+    last = output.text.strip().splitlines()[-1].split("\r")[-1]
+    assert "/400" in last and re.search(r"<\d\d:\d\d", last), "time left"
+    assert ("\n" in output.text) == (not terminal)
+    assert work(again + 1) >= 1
     bar.close()
 
 

@@ -720,6 +720,45 @@ def test_kernels_multiply_right(kind, outputs, width, count, dtype):
     assert error < (1e-3 if dtype == torch.float16 else 8e-3)
 
 
+def test_a_prompt_attends_to_as_many_keys_as_it_has(monkeypatch):
+    """Keep the flash kernel usable: it takes causal attention of as many keys as queries."""
+    sdpa, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def note(query, key, value, **named):
+        seen.append((query.shape[2], key.shape[2], value.shape[2], named["is_causal"]))
+        return sdpa(query, key, value, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    query, keys, values = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    found, _ = quant_lab.attend(module, query, keys, values, None, 0.25)
+    assert seen == [(5, 5, 5, True)]
+    keys, values = (x[:, :, :5].repeat_interleave(2, 1) for x in (keys, values))
+    wanted = sdpa(query, keys, values, is_causal=True, scale=0.25).transpose(1, 2)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_an_old_gpu_takes_its_fast_attention(models, monkeypatch):
+    """Let the GPU pass for a T4: keys are repeated, as its kernel does not share them."""
+    from transformers.integrations import sdpa_attention
+
+    monkeypatch.setattr(sdpa_attention, "use_gqa_in_sdpa", sdpa_attention.use_gqa_in_sdpa)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    folder, seen = models[quant_lab.BASELINE, True], []
+    model = quant_lab.place_model(folder, quant_lab.Options(), torch.device("cuda"))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def note(query, key, *rest, **named):
+        seen.append((query.shape[1] == key.shape[1], named.get("enable_gqa", False)))
+        return sdpa(query, key, *rest, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
+    model(torch.arange(40, device="cuda")[None])
+    assert seen == [(True, False)] * 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads, shared, size, length", [(14, 2, 64, 576), (4, 4, 128, 80)])
 def test_attention_of_one_row(heads, shared, size, length):
