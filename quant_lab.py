@@ -60,6 +60,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
@@ -376,8 +377,7 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
         chats = (fetch(f"{source}/data/train_sft-*", "messages", 4 * wanted)
                  if source == ULTRACHAT else read_chats(source))
     random.Random(options.seed).shuffle(chats)
-    while chats and len(samples) < wanted:
-        chat = chats.pop(0)
+    for chat in chats:
         render = tokenizer if isinstance(chat, str) else tokenizer.apply_chat_template
         try:  # A template may refuse a system turn, or roles in this order.
             ids = render(chat, return_dict=True).input_ids[:length]
@@ -386,6 +386,8 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
             samples.append(ids)
         except Exception as error:
             refused[describe(error)] += 1
+        if len(samples) == wanted:
+            break
     why = "".join(f"; the template refused {n}: {x}" for x, n in refused.items())
     if not samples:
         stop(f"--calibration-data {source}: no chat is left{why}")
@@ -402,9 +404,11 @@ def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, 
     """Return windows [n, tokens] of the text and the ids that begin each, or exit."""
     source, window, begin = options.eval_text, options.window, list_specials(tokenizer)
     with usable("--eval-text", source, "give a text file in UTF-8"):
-        rows = [Path(find_path(source) or source).read_text("utf-8-sig")] if (
-            source != WIKITEXT) else fetch(f"{source}/wikitext-2-raw-v1/test-*", "text")
-    ids = tokenizer("\n\n".join(rows), add_special_tokens=False).input_ids
+        if source == WIKITEXT:
+            text = "\n\n".join(fetch(f"{source}/wikitext-2-raw-v1/test-*", "text"))
+        else:
+            text = Path(find_path(source) or source).read_text("utf-8-sig")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     size = window - len(begin)
     if window > context or not 0 < size <= len(ids):
         stop(f"--window {window}: at most {context} (context) or {len(ids)} ({source})")
@@ -563,14 +567,14 @@ def generate(model, ids: Tensor, mask: Tensor, new_tokens: int, ends, visit):
 def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
     """Return completions of lab.prompts, ids [1, n] each, up to what ends them."""
     ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
-    width = max(ids.shape[1] for ids in lab.prompts)
-    ids, mask = (torch.cat([F.pad(x, (width - x.shape[1], 0)) for x in some])
-                 for some in (lab.prompts, map(torch.ones_like, lab.prompts)))
+    prompts = [ids[0] for ids in lab.prompts]
+    ids, mask = (pad_sequence(some, batch_first=True, padding_side="left")
+                 for some in (prompts, [torch.ones_like(x) for x in prompts]))
     with show_progress("completing", range(1 + lab.options.new_tokens)) as bar:
         output = generate(model, ids.to(model.device), mask.to(model.device),
                           lab.options.new_tokens, ends, lambda _: bar.update())
     completions = []
-    for made in output.sequences[:, width:].tolist():
+    for made in output.sequences[:, ids.shape[1]:].tolist():
         is_end = [token in tree_leaves(ends) for token in made]  # Padding follows.
         completions.append(made[: 1 + is_end.index(True)] if any(is_end) else made)
     return completions
@@ -610,15 +614,18 @@ def estimate(values: Tensor, scale=float, name="value") -> dict:
 def raise_e(x: float) -> float:
     return math.exp(min(x, 709.0))  # Of more, e to the x is no float.
 
+def compare(wanted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KLD [n], in nats, and whether the most probable token is the same [n]."""
+    p, q = (F.log_softmax(x.double(), dim=-1) for x in (wanted, logits))
+    return (p.exp() * (p - q)).sum(-1), wanted.argmax(-1) == logits.argmax(-1)
+
 @torch.no_grad()
 def measure_quality(model, lab: SimpleNamespace) -> dict:
     reference, parts, completions = lab.reference, [], []
     reference.head.to(lab.device)
     for (_, logits, losses), state in zip(score_text(model, lab), reference.states):
         wanted = apply_head(reference.head, reference.output, state.to(lab.device))
-        p, q = (F.log_softmax(x.double(), dim=-1) for x in (wanted, logits))
-        kld, same = (p.exp() * (p - q)).sum(-1), wanted.argmax(-1) == logits.argmax(-1)
-        parts.append(torch.stack([losses, kld, same]).cpu())
+        parts.append(torch.stack([losses, *compare(wanted, logits)]).cpu())
     reference.head.cpu()
     losses, kld, agrees = torch.cat(parts, dim=1).view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
@@ -1209,9 +1216,11 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
     from llmcompressor.modeling.offset_norm import norm_calibration_context
     from llmcompressor.pipelines.registry import CalibrationPipeline
     smoother = next((m for m in recipe if hasattr(m, "mappings")), None)
+    if not smoother:
+        return contextlib.nullcontext()
     choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
     def prove(modifiers, **named):
-        if smoother and smoother not in modifiers:  # It is done, quantizing comes next.
+        if smoother not in modifiers:  # It is done, and quantizing comes next.
             before, after = reading.logs, Reading(model, ids).logs
             kld = (before.exp() * (before - after)).sum(-1).mean().item()
             pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
@@ -1221,11 +1230,10 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
             if not kld <= SMOOTHING_LIMIT:
                 raise ValueError(f"smoothing changed the model: a KLD of {kld:.4f}")
         return choose(modifiers, **named)
-    if smoother:
-        with norm_calibration_context(model):  # Turns known 1 + weight into weight.
-            reading = Reading(model, ids)
-            if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
-                smoother.mappings = list(find_pairs(model, reading))
+    with norm_calibration_context(model):  # Turns known 1 + weight into weight.
+        reading = Reading(model, ids)
+        if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
+            smoother.mappings = list(find_pairs(model, reading))
     return patch.object(CalibrationPipeline, "from_modifiers", prove)
 
 # %% [markdown]
@@ -1727,7 +1735,7 @@ def libraries_to(log: Path):
         yield
 
 def show_progress(what: str, items) -> tqdm:
-    """Show the time left of what takes long: a bar on a terminal, else lines."""
+    """Show the time left from 10 s on: a bar on a terminal, else a line a minute."""
     out = NOTEBOOK_OUTPUT or sys.__stdout__
     seconds, end = (0.1, "") if out.isatty() else (60, "\n")
     return tqdm(items, what, file=out, leave=bool(end), mininterval=seconds,

@@ -730,7 +730,7 @@ def test_a_prompt_attends_to_as_many_keys_as_it_has(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", note)
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    query, keys, values = torch.randn(1, 4, 5, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    query, (keys, values) = torch.randn(1, 4, 5, 16), torch.randn(2, 1, 2, 9, 16)
     found, _ = quant_lab.attend(module, query, keys, values, None, 0.25)
     assert seen == [(5, 5, 5, True)]
     keys, values = (x[:, :, :5].repeat_interleave(2, 1) for x in (keys, values))
