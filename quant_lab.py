@@ -235,19 +235,18 @@ def parse_options(words: list[str]) -> Options:
             stop(f"{flag} {least}: not from {low} to {high}")
     return Options(**vars(given))
 
-def choose_device(options: Options) -> tuple[torch.device, str]:
-    """Return the device and the reason for it; without a usable one, exit with 2."""
-    if options.device == "cpu":
-        return torch.device("cpu"), "asked for"
-    if not torch.cuda.is_available():
-        if options.demo and options.device == "auto":
-            return torch.device("cpu"), "no CUDA GPU, and the demo needs none"
+def choose_device(options: Options) -> torch.device:
+    """Return the device; without a usable one, exit with 2."""
+    has_gpu, prefers_gpu = torch.cuda.is_available(), options.device == "auto"
+    if options.device == "cpu" or (options.demo and prefers_gpu and not has_gpu):
+        return torch.device("cpu")
+    if not has_gpu:
         stop("no CUDA GPU: try --demo, --device cpu or, in Colab, a runtime with a T4")
     if torch.cuda.get_device_capability() < (8, 0):  # As a T4: too old for Triton.
         if options.dtype == "bfloat16":
             stop("--dtype bfloat16: this GPU only emulates it; take float16")
         os.environ |= dict(LLMCOMPRESSOR_DISABLE_GPTQ_TRITON="1", CT_ENFORCE_EAGER="1")
-    return torch.device("cuda", 0), "the first CUDA GPU"
+    return torch.device("cuda", 0)
 
 # %% [markdown]
 """## Model and text
@@ -331,8 +330,7 @@ def fetch(files: str, column: str, rows: int = 2**20) -> list:
 def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
     """Return a chat's format and its turns, or text as it is; ValueError if unknown."""
     forms = "messages", "conversations", "prompt completion", "text"
-    form = next((form for form in forms if set(form.split()) <= entry.keys()), "")
-    chat = []
+    form, chat = next((f for f in forms if set(f.split()) <= entry.keys()), ""), []
     for key in form.split():
         is_list = isinstance(entry[key], list) and key != "text"
         for turn in entry[key] if is_list else [{"role": key, "content": entry[key]}]:
@@ -487,7 +485,6 @@ def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
         if note["files"].items() <= hash_files(folder).items():
             return note["row"]
         print(f"{label}: its checkpoint was cut off or altered, and is made again")
-    return None
 
 # %% [markdown]
 """## Quality
@@ -532,16 +529,14 @@ def find_decoder(model):
 
 def apply_head(model, output, hidden: Tensor) -> Tensor:
     """Return logits [n, vocabulary] of last hidden states [n, width]."""
-    # Through the model's own forward, which may scale or cap logits; its decoder is
-    # made to return the output of any tokens, with these states.
+    # By the model's own forward, which may scale or cap: its decoder returns these.
     output.last_hidden_state = hidden[None]
     with patch.object(find_decoder(model), "forward", lambda *_, **__: output):
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return model(input_ids=ids, use_cache=False).logits[0]
 
 def score_text(model, lab: SimpleNamespace):
-    """Yield hidden states [n, width], logits [n, vocabulary], losses [n], in nats, of
-    the scored tokens of lab.windows, ids [windows, window], chunk by chunk."""
+    """Yield hidden states [n, width], logits [n, vocabulary], losses [n], in nats."""
     for ids in show_progress("scoring", lab.windows.to(model.device)):
         output = find_decoder(model)(input_ids=ids[None], use_cache=False)
         states = output.last_hidden_state[0, lab.unscored - 1 : -1].split(CHUNK)
@@ -721,8 +716,7 @@ class Decoder:
         self.cache = [StaticLayer(length) for _ in find_decoder(model).layers]
         self.prefill()  # Makes the tensors of the cache.
         self.first = self.token.clone()
-        for _ in range(2):  # Compiles, and warms up.
-            self.run(1)
+        self.run(2)  # Compiles, and warms up.
         if prompts.is_cuda:
             torch.cuda.reset_peak_memory_stats()
             self.step = self.record(self.step)
@@ -781,8 +775,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
             kind = Decoder if compiled else Generator
             decoder = kind(model, prompts[:batch], options.new_tokens)
             preparing += now() - begin
-            # The first is the warm-up.
-            _, *runs = [decoder.run(steps) for _ in range(1 + options.repeats)]
+            warm_up, *runs = [decoder.run(steps) for _ in range(1 + options.repeats)]
         except Exception as error:
             if not decode or not lacks_memory(error):
                 raise
@@ -825,7 +818,7 @@ ROW = dict.fromkeys("""
     perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
     load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
     decode_tok_s decode copy_bandwidth prompt_tokens runs_as fingerprint""".split())
-SCHEMA = 4  # Raised when keys go or measuring changes: older results are refused.
+SCHEMA = 5  # Raised when keys go or measuring changes: older results are refused.
 MAY_DIFFER = "variants", "output_dir", "fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
@@ -855,7 +848,6 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
                 config=json.loads(json.dumps(asdict(lab.options))), inputs=inputs,
                 machine=machine, versions=versions)
 
-# %%
 def take_over(lab: SimpleNamespace) -> None:
     """Set lab.marks, a fingerprint a label, and lab.rows, those finished before."""
     file, way_out = lab.output / "results.json", "another keeps, --fresh drops"
@@ -877,20 +869,22 @@ def take_over(lab: SimpleNamespace) -> None:
             lab.marks[label] = fingerprint(SCHEMA, conditions, recipe)
     lab.rows = {row["label"]: row for row in rows}
 
+# %%
 def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)
               and (m.kind != "dense" or label == BASELINE)]  # lm_head says nothing.
+    dtype, phases = DTYPES[options.dtype], {}
+    tokens = dict(prefill=prompt_tokens, decode=1)
     if not packed:
-        return " · ".join(model.unpacked) or DTYPES[options.dtype]
-    phases, tokens = {}, dict(prefill=prompt_tokens, decode=1)
+        return " · ".join(model.unpacked) or dtype
     tokens |= {f"batch {n}": n for n in options.batch_sizes[1:]}
     for phase, n in tokens.items():
-        routes = " and ".join(sorted({m.describe_route(n) for m in packed}))
+        routes = " and ".join(sorted({m.choose_route(n).value.format(
+            dtype if m.kind == "dense" else m.kind, dtype) for m in packed}))
         phases.setdefault(routes, []).append(phase)
     said = [f"{', '.join(phases[routes])} {routes}" for routes in phases]
     return " · ".join(model.unpacked + said)
 
-# %%
 def time_variant(label, output, prompts: Tensor, options, device, compiled) -> dict:
     with libraries_to(output / "log.txt"):
         model = place_model(output / "checkpoints" / label, options, device)
@@ -907,10 +901,10 @@ def benchmark_speed(label, lab: SimpleNamespace, packs: bool, unpacked: list) ->
         ways.insert(0, "compiled, in a process with the others" if IN_NOTEBOOK
                     else "compiled")
     for how in ways:
-        time_it = partial(time_variant, label, lab.output, prompts, options, lab.device,
-                          how != "not compiled")
+        job = partial(time_variant, label, lab.output, prompts, options, lab.device,
+                      how != "not compiled")
         try:
-            speed = run_apart(time_it) if how == "compiled" else time_it()
+            speed = lab.pool.submit(job).result() if how == "compiled" else job()
             return speed | dict(runs_as=" · ".join([speed["runs_as"], how, *reasons]))
         except Exception as error:
             traceback.print_exc()  # Goes to the log.
@@ -924,7 +918,8 @@ def run_variant(label: str, lab: SimpleNamespace) -> None:
         if mark != lab.marks[label] or not read_checkpoint(label, lab):
             lab.rows[label] = measure_row(label, lab)
         write_outputs(lab)
-    show(render_result(label, collect_results(lab)))
+    if label in lab.rows:
+        show(render_result(label, collect_results(lab)))
 
 # %%
 def measure_row(label: str, lab: SimpleNamespace) -> dict:
@@ -935,7 +930,9 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
     def say(step: str) -> None:
         steps.append(step)
         print(f"{label:20} {now() - start:6,.0f} s  {step}", file=out, flush=True)
-    with libraries_to(lab.output / "log.txt"):
+    apart = lab.device.type == "cuda" and not IN_NOTEBOOK
+    with (start_process() if apart else contextlib.nullcontext() as lab.pool,
+          libraries_to(lab.output / "log.txt")):
         try:
             if lab.reference is None:
                 say("scoring the reference")
@@ -1054,8 +1051,6 @@ def relate(row: dict, base: dict, key: str) -> tuple[float, str]:
 
 def render_result(label: str, results: dict) -> str:
     rows = {row["label"]: row for row in results["variants"]}
-    if label not in rows:
-        return f"{label} was not asked for; --variants adds it."
     row, base = rows[label], rows.get(BASELINE, ROW)
     if row["error"]:
         return fill(f"{label} failed: {quote(row['error'])}")
@@ -1169,6 +1164,31 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
             if odd := [width for width in widths if width % 128]:
                 row["notes"] += [f"groups of {fits[0]}: 128 does not divide {odd[0]}"]
 
+def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
+    """Set what SmoothQuant smooths; prove that what is smoothed within is the same."""
+    from llmcompressor.modeling.offset_norm import norm_calibration_context
+    from llmcompressor.pipelines.registry import CalibrationPipeline
+    smoother = next((m for m in recipe if hasattr(m, "mappings")), None)
+    if not smoother:
+        return contextlib.nullcontext()
+    choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
+    def prove(modifiers, **named):
+        if smoother not in modifiers:  # It is done, and quantizing comes next.
+            before, after = reading.logs, Reading(model, ids).logs
+            kld = (before.exp() * (before - after)).sum(-1).mean().item()
+            pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
+            pairs = smoother._resolved_mappings if pairs is None else pairs
+            row["smoothing"] = dict(pairs=len(pairs), kld=max(kld, 0.0))
+            row["notes"] += [] if pairs else ["no norm could be smoothed"]
+            if not kld <= SMOOTHING_LIMIT:
+                raise ValueError(f"smoothing changed the model: a KLD of {kld:.4f}")
+        return choose(modifiers, **named)
+    with norm_calibration_context(model):  # Turns known 1 + weight into weight.
+        reading = Reading(model, ids)
+        if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
+            smoother.mappings = list(find_pairs(model, reading))
+    return patch.object(CalibrationPipeline, "from_modifiers", prove)
+
 # %%
 class Reading(torch.overrides.TorchFunctionMode):
     """Run a model in float32; note who reads what modules with a weight [n] put out."""
@@ -1210,32 +1230,6 @@ def find_pairs(model, reading: Reading):
                 norm, zeros, inputs).any():
             yield [sorted(readers), names[norm]]
 
-# %%
-def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
-    """Set what SmoothQuant smooths; prove that what is smoothed within is the same."""
-    from llmcompressor.modeling.offset_norm import norm_calibration_context
-    from llmcompressor.pipelines.registry import CalibrationPipeline
-    smoother = next((m for m in recipe if hasattr(m, "mappings")), None)
-    if not smoother:
-        return contextlib.nullcontext()
-    choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
-    def prove(modifiers, **named):
-        if smoother not in modifiers:  # It is done, and quantizing comes next.
-            before, after = reading.logs, Reading(model, ids).logs
-            kld = (before.exp() * (before - after)).sum(-1).mean().item()
-            pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
-            pairs = smoother._resolved_mappings if pairs is None else pairs
-            row["smoothing"] = dict(pairs=len(pairs), kld=max(kld, 0.0))
-            row["notes"] += [] if pairs else ["no norm could be smoothed"]
-            if not kld <= SMOOTHING_LIMIT:
-                raise ValueError(f"smoothing changed the model: a KLD of {kld:.4f}")
-        return choose(modifiers, **named)
-    with norm_calibration_context(model):  # Turns known 1 + weight into weight.
-        reading = Reading(model, ids)
-        if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
-            smoother.mappings = list(find_pairs(model, reading))
-    return patch.object(CalibrationPipeline, "from_modifiers", prove)
-
 # %% [markdown]
 """## Packed Linears
 
@@ -1245,10 +1239,11 @@ float16 is, and the extra rounding makes it slower. Here a Linear stays packed. 
 format, GPU and number of tokens it takes one of these routes, and `runs_as` names them:
 
 - **In registers**, for one token, where the time goes into reading weights: a Triton
-  kernel unpacks them on the way into the product. float16 goes through the same kernel,
-  so that variants differ in nothing but the format.
-- **Tensor cores**, for several tokens: 8-bit times 8-bit, then scaled. INT8 from SM 7.5
-  (T4), FP8 from SM 8.9.
+  kernel unpacks them on the way into the product, and float16 goes through it, too. A
+  T4 takes up to eight tokens of INT4 so.
+- **Tensor cores**, for several tokens: 8-bit times 8-bit (INT8 from SM 7.5, as a T4,
+  FP8 from SM 8.9), or 16 bits times INT4 that is unpacked on the way (SM 8.0, groups
+  from 64 on): up to 128 tokens, and for one, too, if weights are large.
 - **Dequantized** otherwise: a 16-bit copy, one layer at a time. Activations are rounded
   per token as compressed-tensors does it: on a CPU the logits equal the emulated ones.
 
@@ -1257,11 +1252,10 @@ or of whole tensors, zero points) is unpacked to 16 bits once, and compressed-te
 rounds for it: quality is that of the format, memory and speed are not.
 
 A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8, or
-eight INT4 to an int32. Its scale is [outputs, groups], one group unless INT4. A word of
+four INT4 to an int16. Its scale is [outputs, groups], one group unless INT4. A word of
 a checkpoint's INT4 holds eight neighbours, the first in its lowest bits; here the n
-words of a group hold inputs 0 to n - 1 in their lowest bits, then the next n, so that
-neighbouring words meet neighbouring inputs. Kernels below SM 8.9 do not know FP8
-(`native` is False): bit fields are moved instead, to the same values.
+int16 of a group hold inputs 0 to n - 1 in their lowest bits, then the next n, so that
+neighbours in memory meet neighbouring inputs. Not `native` to FP8 is all below SM 8.9.
 
 On a GPU, q, k and v, and gate and up, become one product, since their input is one: the
 first to be called computes for all, the others cut their slice of it."""
@@ -1276,8 +1270,7 @@ def place_model(folder: Path, options: Options, device: torch.device):
     if (0, 0) < sm < (8, 0):  # Its fast kernel takes no shared heads: they are copied.
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
     model, report = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=options.dtype, output_loading_info=True, trust_remote_code=False,
-        use_safetensors=True)
+        folder, dtype=options.dtype, output_loading_info=True, use_safetensors=True)
     model.eval().to(device)
     quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme")]
     files = map(partial(safe_open, framework="pt"), folder.glob("*.safetensors"))
@@ -1324,7 +1317,7 @@ def round_activations(kind: str, x: Tensor, native: bool) -> tuple[Tensor, Tenso
 def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
     """Return the weight [out, in] of a PackedLinear in the dtype of its scale."""
     if kind == "int4":  # Stored with 8 added, scaled by groups.
-        shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=weight.device)
+        shifts = torch.arange(0, 16, 4, dtype=torch.int16, device=weight.device)
         nibbles = weight.view(*scale.shape, 1, -1) >> shifts[:, None] & 15
         return ((nibbles - 8).to(scale.dtype) * scale[..., None, None]).flatten(1)
     if kind == "fp8":  # Moves bit fields of E4M3: not every GPU can convert them.
@@ -1334,7 +1327,8 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
 Route = Enum("Route", dict(
     DENSE="{1}", DEQUANTIZED="dequantized to {1}", REGISTERS="{0} in registers",
     TENSOR_CORES="{0} tensor cores"))
-TENSOR_CORES_FROM = dict(int8=(7, 5), fp8=(8, 9), int4=(99, 0))  # SM; INT4: never.
+FEW, LARGE = 8, 10**7  # Tokens of INT4 in registers; weights not worth it even for one.
+TENSOR_CORES_FROM = dict(int4=(8, 0), int8=(7, 5), fp8=(8, 9), dense=(99, 0))  # SM
 
 # %%
 class PackedLinear(torch.nn.Module):
@@ -1344,50 +1338,52 @@ class PackedLinear(torch.nn.Module):
         self.kind, self.sm, self.native = kind, sm, sm == (0, 0) or sm >= (8, 9)
         for name, x in dict(weight=weight, scale=scale, bias=bias).items():
             setattr(self, name, x if x is None else torch.nn.Parameter(x.data, False))
-        self.register_buffer("guard", weight.new_tensor(2.0**-10, dtype=torch.float32))
+        self.fits = triton and any(sm) and weight.shape[1] % 16 == 0 and (
+            kind != "int4" or scale.dtype.itemsize == 2)
 
     def choose_route(self, tokens: int) -> Route:
-        outputs, width = self.weight.shape
-        if tokens == 1 and triton and width % 16 == 0 and self.sm > (0, 0):
-            return Route.REGISTERS
-        if self.kind == "dense":
-            return Route.DENSE
-        fits = tokens > 1 and width % 16 == 0 and outputs % 16 == 0
+        many, most = tokens > 1, FEW if self.kind == "int4" else 1
         has_cores = self.sm >= TENSOR_CORES_FROM[self.kind]
-        return Route.TENSOR_CORES if fits and has_cores else Route.DEQUANTIZED
-
-    def describe_route(self, tokens: int) -> str:
-        dtype = (self.weight if self.scale is None else self.scale).dtype
-        short = DTYPES[str(dtype)[6:]]
-        kind = short if self.kind == "dense" else self.kind
-        return self.choose_route(tokens).value.format(kind, short)
+        if self.kind == "int4":
+            group = self.weight.shape[1] // self.scale.shape[1]
+            has_cores = has_cores and group in (16, 32, 64) and tokens <= 128
+            many = many or 4 * self.weight.numel() > LARGE
+        if self.fits and has_cores and many and len(self.weight) % 16 == 0:
+            return Route.TENSOR_CORES
+        if self.fits and tokens <= most:
+            return Route.REGISTERS
+        return Route.DENSE if self.kind == "dense" else Route.DEQUANTIZED
 
     def forward(self, x: Tensor) -> Tensor:
-        shape, dtype, kind, x_scale = x.shape, x.dtype, self.kind, None
+        shape, dtype, kind, x_scale, back = x.shape, x.dtype, self.kind, None, 1
         x = x.reshape(-1, shape[-1]).contiguous()
-        route, has_dot = self.choose_route(len(x)), triton and self.sm >= (8, 0)
-        if kind in ("int8", "fp8"):
+        route = self.choose_route(len(x))
+        by_rows, small = route is Route.REGISTERS, self.weight.numel() < LARGE
+        few = small and len(self.weight) <= shape[-1]  # The kernel rounds its row.
+        rounds = kind == "fp8" and self.native and by_rows and few
+        if kind == "int8" or kind == "fp8" and not rounds:
             x, x_scale = round_activations(kind, x, self.native)
-        if route is Route.DENSE:
-            y = F.linear(x, self.weight, self.bias)
-        elif route is Route.DEQUANTIZED:
+        if route in (Route.DENSE, Route.DEQUANTIZED):
             x = x if x_scale is None else x.to(dtype) * x_scale
-            weight = dequantize(kind, self.weight, self.scale).to(dtype)
-            y = F.linear(x, weight, self.bias)
-        elif route is Route.REGISTERS or (kind == "int8" and has_dot):  # Own kernels.
-            kind = "fp8_bits" if kind == "fp8" and not self.native else kind
-            y = multiply(kind, x, self.weight, self.scale, x_scale, self.bias, dtype)
+            weight = self.weight if kind == "dense" else dequantize(
+                kind, self.weight, self.scale).to(dtype)
+            return F.linear(x, weight, self.bias).view(*shape[:-1], -1)
+        if by_rows:
+            y = multiply_row(kind, x, self.weight, self.scale, rounds)
+        elif kind == "fp8":
+            guard = x_scale.new_full((), 2.0**-10, dtype=torch.float32)
+            y = torch._scaled_mm(
+                x, self.weight.view(x.dtype).t(), guard, guard, out_dtype=dtype)
+            back = 2**20
+        elif self.sm < (8, 0):  # PyTorch wants more than 16 rows.
+            padded = F.pad(x, (0, 0, 0, max(0, 32 - len(x))))
+            y = torch._int_mm(padded, self.weight.t())[: len(x)]
         else:
-            if kind == "fp8":
-                guard, weight = self.guard, self.weight.view(x.dtype).t()
-                y = torch._scaled_mm(x, weight, guard, guard, out_dtype=dtype)
-                y = y.float() / guard**2
-            else:  # PyTorch wants more than 16 rows.
-                padded = F.pad(x, (0, 0, 0, 32 - len(x) if len(x) <= 16 else 0))
-                y = torch._int_mm(padded, self.weight.t())[: len(x)]
-            y = y * (x_scale.float() * self.scale.float().t())
-            y = (y if self.bias is None else y + self.bias.float()).to(dtype)
-        return y.view(*shape[:-1], -1)
+            y, back = multiply_tiles(kind, x, self.weight, self.scale), 2**14
+        y = y if x_scale is None else y * (x_scale.float() * back)
+        y = y if kind in ("dense", "int4") else y * self.scale.float().t()
+        y = y if self.bias is None else y + self.bias.float()
+        return y.to(dtype).view(*shape[:-1], -1)
 
 # %%
 class FusedSlice(torch.nn.Module):
@@ -1420,7 +1416,6 @@ def find_kind(module: torch.nn.Module) -> str | None:
         return None
     return next((kind for kind, those in FORMATS.items() if those == forms), None)
 
-# %%
 def pack_model(model, sm: tuple[int, int]) -> None:
     """Pack each quantized Linear, on a GPU all, and fuse those with the same input."""
     if hook := getattr(model, "ct_decompress_hook", None):
@@ -1432,8 +1427,8 @@ def pack_model(model, sm: tuple[int, int]) -> None:
         if kind == "int4":
             shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=scale.device)
             nibbles = layer.weight_packed[..., None] >> shifts & 15
-            nibbles = nibbles.view(*scale.shape, 8, -1).transpose(2, 3)
-            weight = (nibbles << shifts).sum(-1, dtype=torch.int32).flatten(1)
+            nibbles = nibbles.view(*scale.shape, 4, -1).transpose(2, 3)
+            weight = (nibbles << shifts[:4]).sum(-1).to(torch.int16).flatten(1)
         else:
             weight = layer.weight if kind == "dense" else layer.weight.view(torch.int8)
         model.set_submodule(name, PackedLinear(kind, weight, scale, layer.bias, sm))
@@ -1455,20 +1450,21 @@ def pack_model(model, sm: tuple[int, int]) -> None:
 # %% [markdown]
 """## Kernels
 
-For one token, `row_kernel` multiplies a row by any format. INT4 has a trick: read as
-float32, an integer n below 2^24 is the number n * 2^-149. So the four bits at place i
-of a word need only a mask (the last two a shift): what their place adds, 16^i, is taken
-off the input beforehand, and a factor of 2^100 keeps the products normal. The 8 that is
-added to each stored weight is subtracted once, as 8 times the sum of inputs.
+For one token (of INT4 for a few) `row_kernel` multiplies a row by any format. INT4 has
+a trick: read as float32, an integer n below 2^23 is the number n * 2^-149. So four bits
+need only a mask: what their place adds, 16^i, is taken off the input beforehand, and a
+factor of 2^100 keeps products normal. The 8 that is added to each stored weight is
+subtracted once, as 8 times the sum of inputs. FP8 below SM 8.9 is converted by moving
+bit fields, as in `dequantize`. For INT8, `dp4a` makes four products and their sum in
+one instruction. Rounding a row of FP8 costs a kernel of its own where none before can
+do it: if weights are few, each program does it for itself (`ROUND`).
 
-FP8 below SM 8.9 (`fp8_bits`) is converted by moving bit fields, as in `dequantize`; its
-factor of 2^8 comes last. For INT8, `dp4a` makes four products and their sum in one
-instruction. Where the rows of a program pass the end, the last one is done twice.
-
-Several tokens take `int8_kernel` for INT8 from SM 8.0, else PyTorch's products, which
-leave scales and bias to float32. PyTorch's FP8 product may be written in float16: both
-factors are scaled by 2^-10 (`guard`), and the result is scaled back. Tile sizes are the
-fastest tried on an H100; `tests/bench_decode.py --tune` tries others elsewhere.
+For several tokens, `tile_kernel` multiplies a tile of weights by one of inputs, while
+the next are being read. INT4 is put behind the bits of 1024 (of 128 in bfloat16), where
+a float's last bit counts 1. Where outputs are too few to occupy a GPU, programs share a
+row's inputs, and their sums are added later. Sums of 8-bit products can be too large
+for 16 bits: they go there divided by 2^14 (INT8) or 2^20 (FP8, `guard`), and back in
+float32, where scales and bias follow. Tiles are the fastest tried on an H200.
 
 ## Attention, cache and graphs
 
@@ -1478,71 +1474,93 @@ share a key stand in as rows of one product, so that no key is copied.
 
 Keys and values lie in tensors of fixed size and place, or no CUDA graph could replay a
 step: attention goes over all places, and a mask hides those not yet written. All layers
-are one function, compiled once for one row and once for many: compiled one by one, each
-layer's index is a constant, and dynamo's limit of recompilations is soon reached."""
+are one function, compiled once for each shape: compiled one by one, each layer's index
+is a constant, and dynamo's limit of recompilations is soon reached."""
 
 # %%
 @jit
-def row_kernel(x, weight, scale, x_scale, bias, y, outputs, width, GROUP: tl.constexpr,
-               KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def row_kernel(x, weight, scale, y, outputs, width, GROUP: tl.constexpr,
+               KIND: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr,
+               BLOCK: tl.constexpr):
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), outputs - 1)
     line, column = weight + row[:, None] * width, tl.arange(0, BLOCK)[None, :]
+    half: tl.constexpr = x.dtype.element_ty if scale is None else scale.dtype.element_ty
+    x_scale = 1.0
+    if ROUND:
+        whole = tl.arange(0, ROUND)
+        top = tl.max(tl.abs(tl.load(x + whole, mask=whole < width, other=0.0)))
+        x_scale = (top.to(tl.float32) / 448).to(half).to(tl.float32)
+        x_scale = tl.maximum(x_scale, 2.0**-24)  # All may be zero.
+    x += tl.program_id(1) * 4 * width  # Only of INT4 there is more than one.
     total = tl.zeros([ROWS, BLOCK], tl.int32 if KIND == "int8" else tl.float32)
-    for begin in tl.range(0, width, BLOCK, num_stages=3 if KIND == "fp8" else 1):
+    for begin in range(0, width, BLOCK):
         at = begin + column
         inside = at < width
         w = tl.load(line + at, mask=inside, other=0)
         if KIND == "int4":
-            high, part = w >> 24, tl.zeros([ROWS, BLOCK], tl.float32)
+            part = tl.zeros([ROWS, BLOCK], tl.float32)
             eights = tl.zeros([1, BLOCK], tl.float32)
-            for i in tl.static_range(8):
-                bits = (w if i < 6 else high) & (15 << 4 * (i % 6))
-                value = tl.load(x + at // GROUP * (8 * GROUP) + at % GROUP + i * GROUP,
-                                mask=inside, other=0).to(tl.float32)
-                part += bits.to(tl.float32, bitcast=True) * (
-                    value * 2.0 ** (100 - 4 * (i % 6)))
-                eights += value * (8 * 2.0**-49)
-            total += (part - eights) * tl.load(
-                scale + row[:, None] * (width // GROUP) + at // GROUP,
-                mask=inside, other=0).to(tl.float32)
+            for i in tl.static_range(4):
+                pair = tl.load(x + at // GROUP * (3 * GROUP) + at + i * GROUP,
+                               mask=inside, other=0)
+                for end in tl.static_range(0, 32, 16):
+                    value = (pair >> end).to(tl.int16).to(half, bitcast=True)
+                    value, bits = value.to(tl.float32), w >> end & 15 << 4 * i
+                    part += bits.to(tl.float32, bitcast=True) * (
+                        value * 2.0 ** (100 - 4 * i))
+                    eights += value * (8 * 2.0**-49)
+            group = scale + row[:, None] * (width // GROUP) + at // GROUP
+            total += (part - eights) * tl.load(group, mask=inside, other=0.0)
+        elif KIND == "int8":
+            value = tl.load(x + at, mask=inside, other=0)
+            total = tl.inline_asm_elementwise(
+                "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, value, total],
+                dtype=tl.int32, is_pure=True, pack=1)
         else:
             value = tl.load(x + at, mask=inside, other=0.0)
-            if KIND == "int8":
-                total = tl.inline_asm_elementwise(
-                    "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, value, total],
-                    dtype=tl.int32, is_pure=True, pack=1)
-            else:
-                if KIND == "fp8":
-                    w = w.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-                elif KIND == "fp8_bits":
-                    w = ((w.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)
-                total += w.to(tl.float32) * value.to(tl.float32)
-    result = tl.sum(total, 1).to(tl.float32) * (
-        2.0**49 if KIND == "int4" else 256.0 if KIND == "fp8_bits" else 1.0)
-    if x_scale is not None:
-        result *= tl.load(scale + row).to(tl.float32) * tl.load(x_scale)
-    if bias is not None:
-        result += tl.load(bias + row).to(tl.float32)
-    tl.store(y + row, result)
+            if ROUND:
+                value = (value.to(tl.float32) / x_scale).to(half).to(tl.float8e4nv)
+            if KIND == "fp8" and value.dtype == tl.float8e4nv:
+                w = w.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+            elif KIND == "fp8":
+                w = ((w.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True) * 256
+            total += w.to(tl.float32) * value.to(tl.float32)
+    result = tl.sum(total, 1).to(tl.float32) * (2.0**49 if KIND == "int4" else x_scale)
+    tl.store(y + tl.program_id(1) * outputs + row, result)
 
 # %%
 @jit
-def int8_kernel(x, weight, scale, x_scale, bias, y, tokens, outputs, width,
-                M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    a = tl.program_id(0) * M + tl.arange(0, M)[:, None]
-    b = tl.program_id(1) * N + tl.arange(0, N)[None, :]
-    total = tl.zeros([M, N], tl.int32)
-    for begin in range(0, width, BLOCK):
-        at = begin + tl.arange(0, BLOCK)
-        i, j = at[None, :], at[:, None]
-        left = tl.load(x + a % tokens * width + i, mask=i < width, other=0)
-        right = tl.load(weight + b % outputs * width + j, mask=j < width, other=0)
-        total = tl.dot(left, right, total, out_dtype=tl.int32)
-    result = total.to(tl.float32) * tl.load(scale + b % outputs).to(tl.float32)
-    result *= tl.load(x_scale + a % tokens).to(tl.float32)
-    if bias is not None:
-        result += tl.load(bias + b % outputs).to(tl.float32)
-    tl.store(y + a * outputs + b, result, mask=(a < tokens) & (b < outputs))
+def tile_kernel(x, weight, scale, y, tokens, outputs, width, span, KIND: tl.constexpr,
+                TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    line, first = row % outputs, tl.program_id(2) * span
+    half: tl.constexpr = x.dtype.element_ty
+    base: tl.constexpr = 0x43004300 if half == tl.bfloat16 else 0x64006400
+    eight: tl.constexpr = 136.0 if half == tl.bfloat16 else 1032.0
+    x += token % tokens * (width * (4 if KIND == "int4" else 1))
+    total = tl.zeros([ROWS, TOKENS], tl.int32 if KIND == "int8" else tl.float32)
+    for begin in range(first, tl.minimum(first + span, width), BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        at, to = column[None, :], column[:, None]
+        w = tl.load(weight + line * width + at, mask=at < width, other=0)
+        if KIND == "int8":
+            value = tl.load(x + to, mask=to < width, other=0)
+            total = tl.dot(w, value, total, out_dtype=tl.int32)
+        else:
+            part = tl.zeros([ROWS, TOKENS], tl.float32)
+            for i in tl.static_range(4):
+                bits = tl.inline_asm_elementwise(
+                    "{.reg .b32 t; shr.b32 t, $1, $2;"
+                    " lop3.b32 $0, t, 0xf000f, $4, 0xea;}", "=r,r,r,r,r,r",
+                    [w, 4 * i, base], dtype=tl.int16, is_pure=True, pack=2)
+                value = tl.load(x + 3 * begin + to + i * BLOCK)
+                part = tl.dot(bits.to(half, bitcast=True) - eight, value, part)
+            total += part * tl.load(scale + line * (width // BLOCK) + begin // BLOCK)
+    if KIND == "int8":  # Else it were too large for 16 bits.
+        total = total.to(tl.float32) * 2.0**-14
+    tl.store(y + (tl.program_id(2) * tokens + token) * outputs + row, total,
+             mask=(row < outputs) & (token < tokens))
 
 @jit
 def attend_kernel(query, keys, values, mask, y, tops, totals, scaling, length,
@@ -1562,6 +1580,42 @@ def attend_kernel(query, keys, values, mask, y, tops, totals, scaling, length,
     tl.store(totals + place, tl.sum(weight))
     tl.store(y + place * SIZE + column, tl.sum(weight[:, None] * value, 0))
 
+# %%
+TILES = dict(  # Of a row: rows, columns, warps, for up to 2,048 inputs and for more.
+    dense=((2, 1024, 4), (2, 2048, 8)), int4=((2, 128, 1), (2, 1024, 8)),
+    int8=((2, 256, 1), (4, 512, 4)), fp8=((2, 1024, 2), (1, 2048, 4)))
+
+def multiply_row(kind: str, x: Tensor, weight: Tensor, scale, rounds: bool) -> Tensor:
+    """Return x [n, in] times a weight in float32 [n, out]; n > 1: INT4 only."""
+    y = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    group = weight.shape[1] // scale.shape[1] // 2 if kind == "int4" else 0
+    is_wide = x.shape[1] > 2048 and (kind != "fp8" or len(weight) < 2048)
+    rows, block, warps = TILES[kind][1 if is_wide else 0]
+    if kind in ("int4", "int8"):  # Words of four bytes.
+        x, weight = x.view(torch.int32), weight.view(torch.int32)
+    row_kernel[triton.cdiv(len(weight), rows), len(x)](
+        x, weight, scale, y, *weight.shape, group, kind,
+        triton.next_power_of_2(x.shape[1]) if rounds else 0, rows, block,
+        num_warps=warps)
+    return y
+
+def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return x [n, in] times a weight [n, out]; of INT8 a 2^14th of that."""
+    tokens, (outputs, width) = len(x), weight.shape
+    n = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    n = 128 if kind == "int8" and tokens * outputs > 2**21 else n
+    rows = 64 if n == 16 or outputs < 2048 else 128
+    block = width // scale.shape[1] if kind == "int4" else 128
+    programs = triton.cdiv(tokens, n), triton.cdiv(outputs, rows)
+    parts = max(1, min(8, width // (4 * block), 512 // math.prod(programs)))
+    span = triton.cdiv(width, parts * block) * block
+    dtype = scale.dtype if parts == 1 else torch.float32
+    y = x.new_empty(parts, tokens, outputs, dtype=dtype)
+    tile_kernel[*programs, parts](  # Those that share weights follow each other.
+        x, weight, scale, y, tokens, outputs, width, span, kind, n, rows, block)
+    return y[0] if parts == 1 else y.sum(0)
+
+# %%
 @jit
 def combine_kernel(y, tops, totals, result, parts, SIZE: tl.constexpr,
                    PARTS: tl.constexpr):
@@ -1573,48 +1627,6 @@ def combine_kernel(y, tops, totals, result, parts, SIZE: tl.constexpr,
     value = tl.load(y + place[:, None] * SIZE + column[None, :], inside[:, None], 0)
     tl.store(result + head * SIZE + column, tl.sum(factor[:, None] * value, 0) / total)
 
-# %%
-@torch.library.custom_op("quant_lab::multiply", mutates_args=())
-def multiply(kind: str, x: Tensor, weight: Tensor, scale: Tensor | None,
-             x_scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return x [n, in] times a packed weight, scaled, plus bias; n > 1: INT8 only."""
-    tokens, outputs = len(x), len(weight)
-    y = x.new_empty(tokens, outputs, dtype=dtype)
-    if tokens > 1:  # The tile of a program, and its stages.
-        m, n, block, stages = (
-            (16, 32, 256, 4) if tokens <= 16 else (32, 32, 256, 4) if tokens <= 64 else
-            (64, 128, 128, 4) if tokens * outputs <= 2**21 else (128, 128, 128, 3))
-        int8_kernel[(triton.cdiv(tokens, m), triton.cdiv(outputs, n))](
-            x, weight, scale, x_scale, bias, y, tokens, outputs, x.shape[1], m, n,
-            block, num_stages=stages)
-        return y
-    if kind == "int8":  # Four in a word.
-        x, weight = x.view(torch.int32), weight.view(torch.int32)
-    group = weight.shape[1] // scale.shape[1] if kind == "int4" else 1
-    rows, block, warps = choose_tile(kind, *weight.shape)
-    row_kernel[(triton.cdiv(outputs, rows),)](
-        x, weight, scale, x_scale, bias, y, *weight.shape, group, kind, rows, block,
-        num_warps=warps)
-    return y
-
-multiply.register_fake(lambda kind, x, weight, scale, x_scale, bias, dtype: (
-    x.new_empty(len(x), len(weight), dtype=dtype)))
-
-def choose_tile(kind: str, outputs: int, width: int) -> tuple:  # Rows, columns, warps
-    many, few = outputs > 8192, outputs < 2048
-    if kind == "dense":
-        return (2, 1024, 4) if width <= 2048 else (2, 2048, 8)
-    if kind == "int4":
-        small = (4, 128, 1) if many else (2, 128, 1)
-        return small if many or width <= 128 else (2, 1024, 8) if few else (4, 512, 4)
-    if kind == "int8" and width <= 256:
-        return (16, 128, 8) if many else (2, 256, 1)
-    if kind == "int8":
-        return (2, 2048, 8) if few else (2, 512, 2)
-    return (1, 2048, 4) if few and width > 2048 else (2, 1024, 2)
-
-# %%
-@torch.library.custom_op("quant_lab::attend_row", mutates_args=())
 def attend_row(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor,
                scaling: float) -> Tensor:
     """Return [1, 1, heads, size] for a query [1, heads, 1, size]; mask is added."""
@@ -1628,8 +1640,6 @@ def attend_row(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor,
     combine_kernel[(heads,)](y, tops, totals, result, parts, size,
                              triton.next_power_of_2(parts))
     return result
-
-attend_row.register_fake(lambda query, *_: query.new_empty(1, 1, *query.shape[1::2]))
 
 def attend(module, query, key, value, attention_mask, scaling=None, **named):
     """Attend in transformers' interface; query, key, value [batch, heads, n, size]."""
@@ -1655,13 +1665,11 @@ def compile_layers(model) -> None:
     layers = find_decoder(model).layers
     eager = type(layers[0]).forward
     torch._dynamo.reset()
-    tuned = dict(coordinate_descent_tuning=True)
-    one_row = torch.compile(eager, fullgraph=True, options=tuned)
-    many_rows = torch.compile(eager, fullgraph=True)
+    torch._dynamo.config.recompile_limit = 99  # Shapes and kinds of layers.
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
     def run(layer, number, x, *inputs, past_key_values, **named):
         layer_cache = past_key_values[number]
-        forward = one_row if x.shape[:2] == (1, 1) else many_rows
-        forward = forward if layer_cache.is_initialized else eager
+        forward = compiled if layer_cache.is_initialized else eager
         return forward(layer, x, *inputs, past_key_values=layer_cache, **named)
     for number, layer in enumerate(layers):
         layer.forward = partial(run, layer, number)
@@ -1768,12 +1776,13 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
           show_progress("calibrating", range(layers * passes)) as bar):
         yield lines
 
-def run_apart(function) -> dict:
-    """Return what a function returns in a new process, which dies with this one."""
+def start_process() -> ProcessPoolExecutor:
+    """Return a pool of one process, which dies with this one; it imports meanwhile."""
     spawn = torch.multiprocessing.get_context("spawn")  # CUDA cannot be forked.
     tie = torch.multiprocessing._prctl_pr_set_pdeathsig
-    with ProcessPoolExecutor(1, spawn, tie, [signal.SIGKILL]) as pool:
-        return pool.submit(function).result()
+    pool = ProcessPoolExecutor(1, spawn, tie, [signal.SIGKILL])
+    pool.submit(exec, "import transformers.modeling_utils, torch._inductor.compile_fx")
+    return pool
 
 # %%
 def quote(text: str) -> str:
@@ -1888,8 +1897,7 @@ def set_up(words: list[str]) -> SimpleNamespace:
     """Return what the runs share; head is all of results.json but its rows."""
     options = parse_options(words)
     lab = SimpleNamespace(options=options, samples={}, reference=None)
-    lab.device, reason = choose_device(options)
-    print(f"device       {lab.device}: {reason}", flush=True)
+    lab.device = choose_device(options)
     lab.model_folder, lab.tokenizer, lab.context, lab.prompts = open_model(options)
     lab.windows, lab.begin = load_evaluation(options, lab.tokenizer, lab.context)
     lab.unscored = max(1, len(lab.begin))  # Tokens at the begin of a window.
@@ -1970,8 +1978,7 @@ control of `02_gptq_w4a16`: compare their KLD to see whether GPTQ earned its min
 # %%
 if __name__ == "__main__":
     for label in list(VARIANTS)[4:]:
-        if label in LAB.rows or label in LAB.options.variants:
-            run_variant(label, LAB)
+        run_variant(label, LAB)
 
 # %% [markdown]
 """## Summary

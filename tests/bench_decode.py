@@ -2,8 +2,8 @@
 
 No checkpoint is needed and none is made: the weights are random, in the formats of the
 recipes. A change of the packed execution shows here first; --tune tries other tile
-sizes than those of `choose_tile`, one after the other in the model's own step (alone, in
-a loop, a kernel is fed by other caches and another choice is the fastest):
+sizes than those of `TILES`, one after the other in the model's own step (alone, in a
+loop, a kernel is fed by other caches and another choice is the fastest):
 
     python tests/bench_decode.py --shape 0.5b
     python tests/bench_decode.py --shape 7b --kinds dense int4 --profile 20
@@ -29,15 +29,15 @@ KINDS = "dense", "fp8", "int8", "int4"
 
 
 def random_linear(kind: str, rows: int, width: int, bias, device, sm,
-                  dtype=torch.float16):
-    """Return a PackedLinear with random weights, of INT4 in groups of 128."""
+                  dtype=torch.float16, group=128):
+    """Return a PackedLinear with random weights; the group is that of INT4."""
     make = dict(dtype=dtype, device=device)
-    scale = torch.rand(rows, width // 128 if kind == "int4" else 1, **make) / 5000 + 1e-5
+    scale = torch.rand(rows, width // group if kind == "int4" else 1, **make) / 5000 + 1e-5
     if kind == "dense":
         return quant_lab.PackedLinear(
             kind, torch.randn(rows, width, **make) / 50, None, bias, sm)
     if kind == "int4":
-        weight = torch.randint(-2**31, 2**31, (rows, width // 8), dtype=torch.int32,
+        weight = torch.randint(-2**15, 2**15, (rows, width // 4), dtype=torch.int16,
                                device=device)
     else:  # Of FP8 the codes up to 240, positive and negative.
         weight = torch.randint(-119, 120, (rows, width), dtype=torch.int8, device=device)
@@ -62,55 +62,34 @@ def random_model(shape: str, kind: str, device):
 
 
 @torch.no_grad()
-def tune(model, prompts, seconds: float) -> None:
-    """Print, for each product of a step, the fastest shapes of row_kernel.
-
-    Each is tried with the best known of the others, the nearest to the present first.
-    """
+def tune(kind: str, model, prompts, seconds: float) -> None:
+    """Print the fastest shapes of row_kernel, the nearest to the present tried first."""
     quant_lab.compile_layers(model)
-    decoder = quant_lab.Decoder(model, prompts[:1], 64)
-    step, rule = partial(quant_lab.Decoder.step, decoder), quant_lab.choose_tile
-    best, current = {}, None
-
-    def choose(kind, rows, width):
-        product = kind, rows, width
-        best.setdefault(product, rule(*product))
-        return current[1] if current and current[0] == product else best[product]
+    tiles = list(quant_lab.TILES[kind])
 
     def milliseconds() -> float:
-        decoder.run(0)
-        step()  # Compiles kernels of another shape.
-        replay, samples = decoder.record(step), []
+        quant_lab.TILES[kind] = tuple(tiles)
+        torch._dynamo.reset()  # What is compiled has chosen its tiles.
+        decoder, samples = quant_lab.Decoder(model, prompts[:1], 64), []
         for _ in range(3):
-            decoder.run(0)
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(60):
-                replay()
-            end.record()
-            torch.cuda.synchronize()
-            samples.append(start.elapsed_time(end) / 60)
-        return min(samples)
+            samples.append(decoder.run(60)[1] / 60)
+        return 1000 * min(samples)
 
-    quant_lab.choose_tile = choose
     print(f"as chosen {milliseconds():.4f} ms a step")
-    for product in list(best):
-        before, begin = best[product], time.perf_counter()
-        tried = sorted(
-            itertools.product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (1, 2, 4, 8)),
-            key=lambda other: sum(abs(math.log2(a / b)) for a, b in zip(other, before)))
-        found = []
-        for shape in tried:
-            if time.perf_counter() - begin > seconds / len(best):
+    for place, inputs in enumerate(("up to 2,048 inputs", "more")):
+        before, begin, found = tiles[place], time.perf_counter(), []
+        for shape in sorted(
+                itertools.product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (1, 2, 4, 8)),
+                key=lambda other: sum(abs(math.log2(a / b)) for a, b in zip(other, before))):
+            if time.perf_counter() - begin > seconds / 2:
                 break
             if 1 <= shape[0] * shape[1] / (32 * shape[2]) <= 64:
-                current = product, shape
+                tiles[place] = shape
                 found.append((milliseconds(), shape))
-        best[product], current = min(found)[1], None
-        print(f"{product}: {before} was chosen; of {len(found)} tried", ", ".join(
+        tiles[place] = min(found)[1]
+        print(f"{inputs}: {before} was chosen; of {len(found)} tried", ", ".join(
             f"{shape} {ms:.4f}" for ms, shape in sorted(found)[:6]), flush=True)
     print(f"with the best of each {milliseconds():.4f} ms")
-    quant_lab.choose_tile = rule
 
 
 def bench(kind: str, args: argparse.Namespace) -> None:
@@ -122,7 +101,7 @@ def bench(kind: str, args: argparse.Namespace) -> None:
     model = random_model(args.shape, kind, device)
     prompts = torch.randint(1000, 2000, (max(args.batch_sizes), args.prompt), device=device)
     if args.tune:
-        return tune(model, prompts, args.tune)
+        return tune(kind, model, prompts, args.tune)
     speed = quant_lab.measure_speed(model, prompts, options, cuda)
     copy = speed["copy_bandwidth"]
     print(f"{kind:6} {quant_lab.held_bytes(model) / 1e6:8,.0f} MB  "
@@ -166,7 +145,11 @@ def main() -> None:
     for kind in args.kinds:
         job = partial(bench, kind, args)
         try:
-            quant_lab.run_apart(job) if device.type == "cuda" else job()
+            if device.type == "cuda":
+                with quant_lab.start_process() as pool:
+                    pool.submit(job).result()
+            else:
+                job()
         except Exception as error:  # The other formats may fit.
             print(f"{kind:6} failed: {quant_lab.describe(error)}", flush=True)
 

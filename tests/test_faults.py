@@ -343,7 +343,7 @@ def test_the_process_of_a_variant_dies_with_its_parent(tmp_path):
     (tmp_path / "main.py").write_text(
         f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import quant_lab\n"
         "def linger():\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
-        "if __name__ == '__main__':\n    quant_lab.run_apart(linger)\n")
+        "if __name__ == '__main__':\n    quant_lab.start_process().submit(linger).result()\n")
     with subprocess.Popen([sys.executable, str(tmp_path / "main.py")], text=True,
                           stdout=subprocess.PIPE) as parent:
         child = psutil.Process(int(parent.stdout.readline()))

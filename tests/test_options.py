@@ -257,7 +257,7 @@ def test_a_t4_stays_float16_and_off_triton(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     for name in ("LLMCOMPRESSOR_DISABLE_GPTQ_TRITON", "CT_ENFORCE_EAGER"):
         monkeypatch.setenv(name, "")
-    device, _ = quant_lab.choose_device(quant_lab.Options())
+    device = quant_lab.choose_device(quant_lab.Options())
     assert device.type == "cuda" and quant_lab.Options().dtype == "float16"
     assert os.environ["LLMCOMPRESSOR_DISABLE_GPTQ_TRITON"] == "1"
     assert os.environ["CT_ENFORCE_EAGER"] == "1"
@@ -265,8 +265,8 @@ def test_a_t4_stays_float16_and_off_triton(monkeypatch, capsys):
         quant_lab.choose_device(quant_lab.Options(dtype="bfloat16"))
     assert "--dtype bfloat16" in capsys.readouterr().err
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert quant_lab.choose_device(quant_lab.Options(dtype="bfloat16"))[0].type == "cuda"
-    assert quant_lab.choose_device(quant_lab.Options(device="cpu"))[0].type == "cpu"
+    assert quant_lab.choose_device(quant_lab.Options(dtype="bfloat16")).type == "cuda"
+    assert quant_lab.choose_device(quant_lab.Options(device="cpu")).type == "cpu"
 
 
 def test_model_that_is_not_there(run_script, quick):
