@@ -818,7 +818,7 @@ ROW = dict.fromkeys("""
     perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
     load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
     decode_tok_s decode copy_bandwidth prompt_tokens runs_as fingerprint""".split())
-SCHEMA = 5  # Raised when keys go or measuring changes: older results are refused.
+SCHEMA = 4  # Raised when keys go or measuring changes: older results are refused.
 MAY_DIFFER = "variants", "output_dir", "fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
