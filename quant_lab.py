@@ -70,7 +70,7 @@ try:
 except ImportError:  # Comes with PyTorch for GPUs only.
     triton, tl, jit = None, SimpleNamespace(constexpr=None), lambda kernel: None
 IN_NOTEBOOK = "__file__" not in globals()
-NOTEBOOK_OUTPUT = sys.stdout if IN_NOTEBOOK else None
+OUTPUT = sys.stdout if IN_NOTEBOOK else sys.__stdout__  # sys.stdout may be the log.
 HERE = Path.cwd() if IN_NOTEBOOK else Path(__file__).resolve().parent
 
 # %% [markdown]
@@ -712,7 +712,8 @@ class Decoder:
         places = torch.arange(self.start, device=prompts.device)
         self.prefill = partial(self.advance, prompts, places, None)
         self.position = places[-1:] + 1
-        self.mask = prompts.new_zeros(1, 1, 1, length, dtype=model.dtype)
+        size = 1, 1, length, length  # A row for each place, over what it may see.
+        self.masks = prompts.new_full(size, -math.inf, dtype=model.dtype).triu(1)
         self.cache = [StaticLayer(length) for _ in find_decoder(model).layers]
         self.prefill()  # Makes the tensors of the cache.
         self.first = self.token.clone()
@@ -735,14 +736,12 @@ class Decoder:
         self.token.copy_(output.logits[:, -1:].argmax(-1))
 
     def step(self) -> None:
-        self.mask.index_fill_(3, self.position, 0)
-        self.advance(self.token, self.position, self.mask)
+        self.advance(self.token, self.position, self.masks[:, :, self.position])
         self.position += 1
 
     def run(self, steps: int) -> tuple[float, float]:
         self.token.copy_(self.first)
         self.position.fill_(self.start)
-        self.mask[..., self.start :] = -math.inf
         for layer in self.cache:  # Tokens that it holds.
             layer.cumulative_length.fill_(0 if self.alone else self.start)
         start = now()
@@ -887,8 +886,11 @@ def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
 
 def time_variant(label, output, prompts: Tensor, options, device, compiled) -> dict:
     with libraries_to(output / "log.txt"):
-        model = place_model(output / "checkpoints" / label, options, device)
-        speed = measure_speed(model, prompts.to(device), options, compiled)
+        try:
+            model = place_model(output / "checkpoints" / label, options, device)
+            speed = measure_speed(model, prompts.to(device), options, compiled)
+        except Exception as error:  # Not all can be sent to another process.
+            raise ValueError(describe(error))
     return speed | dict(runs_as=name_routes(label, model, prompts.shape[1], options))
 
 def benchmark_speed(label, lab: SimpleNamespace, packs: bool, unpacked: list) -> dict:
@@ -1744,9 +1746,8 @@ def libraries_to(log: Path):
 
 def show_progress(what: str, items) -> tqdm:
     """Show the time left from 10 s on: a bar on a terminal, else a line a minute."""
-    out = NOTEBOOK_OUTPUT or sys.__stdout__
-    seconds, end = (0.1, "") if out.isatty() else (60, "\n")
-    return tqdm(items, what, file=out, leave=bool(end), mininterval=seconds,
+    seconds, end = (0.1, "") if OUTPUT.isatty() else (60, "\n")
+    return tqdm(items, what, file=OUTPUT, leave=bool(end), mininterval=seconds,
                 delay=max(10, seconds), maxinterval=max(10, seconds),
                 bar_format="{l_bar}{bar}{r_bar}" + end)
 

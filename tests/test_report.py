@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import re
-import sys
 
 import jupytext
 import pytest
@@ -729,7 +728,7 @@ class Output:
 def test_what_takes_long_says_how_long_it_still_takes(monkeypatch, terminal, seconds, again):
     """Draw a bar on a terminal, which redraws it; add a line a minute to anything else."""
     output, clock = Output(terminal), [1000.0]
-    monkeypatch.setattr(sys, "__stdout__", output)
+    monkeypatch.setattr(quant_lab, "OUTPUT", output)
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     bar = quant_lab.show_progress("scoring", range(400))
     assert not bar.disable and bar.maxinterval == seconds

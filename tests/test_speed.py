@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import sys
 import weakref
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -589,6 +590,30 @@ def test_a_process_that_dies_compiling_is_measured_eagerly_and_said(on_gpu, monk
         row = on_gpu("01_fp8_dynamic", pool)
     assert row["compile_seconds"] is None and row["decode"][0]["tok_s"]["median"] > 0
     assert " · not compiled · compiled, it failed: BrokenProcessPool: " in row["runs_as"]
+
+
+def time_with_a_module_in_the_error(*inputs):
+    """Fail as a compiler at times does: what cannot be pickled is in the exception."""
+    error = RuntimeError("no such compiler")
+    error.module = sys
+    measure = quant_lab.measure_speed
+
+    def fail(model, prompts, options, compiled):
+        if compiled:
+            raise error
+        return measure(model, prompts, options, compiled)
+
+    quant_lab.measure_speed = fail
+    return time_on_cpu(*inputs)
+
+
+def test_the_reason_of_another_process_is_told(on_gpu, monkeypatch):
+    monkeypatch.setattr(quant_lab, "time_variant", time_with_a_module_in_the_error)
+    monkeypatch.setattr(quant_lab, "measure_speed", quant_lab.measure_speed)
+    with quant_lab.start_process() as pool:
+        row = on_gpu("01_fp8_dynamic", pool)
+    assert row["decode"][0]["tok_s"]["median"] > 0 and row["runs_as"].endswith(
+        " · not compiled · compiled, it failed: RuntimeError: no such compiler")
 
 
 def test_a_compiled_variant_is_measured_in_a_process_of_its_own(on_gpu, monkeypatch):
