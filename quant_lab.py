@@ -242,7 +242,7 @@ def choose_device(options: Options) -> torch.device:
         return torch.device("cpu")
     if not has_gpu:
         stop("no CUDA GPU: try --demo, --device cpu or, in Colab, a runtime with a T4")
-    if torch.cuda.get_device_capability() < (8, 0):  # As a T4: too old for Triton.
+    if torch.cuda.get_device_capability() < (8, 0):  # As a T4: too old for theirs.
         if options.dtype == "bfloat16":
             stop("--dtype bfloat16: this GPU only emulates it; take float16")
         os.environ |= dict(LLMCOMPRESSOR_DISABLE_GPTQ_TRITON="1", CT_ENFORCE_EAGER="1")
@@ -327,8 +327,8 @@ def fetch(files: str, column: str, rows: int = 2**20) -> list:
         write_json(kept, batch.to_pydict())
     return read_json(kept)[column]
 
-def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
-    """Return a chat's format and its turns, or text as it is; ValueError if unknown."""
+def read_chat(entry: dict) -> list[dict] | str:
+    """Return a chat's turns, or text as it is; ValueError if no format is known."""
     forms = "messages", "conversations", "prompt completion", "text"
     form, chat = next((f for f in forms if set(f.split()) <= entry.keys()), ""), []
     for key in form.split():
@@ -345,7 +345,7 @@ def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
             chat.append(turn | dict(role=role, content=content))
     if not any(turn["content"].strip() for turn in chat):
         raise ValueError(f"has {', '.join(entry) or 'no keys'}, and no chat")
-    return form, chat[0]["content"] if form == "text" else chat
+    return chat[0]["content"] if form == "text" else chat
 
 def read_chats(name: str) -> list:
     """Return chats of a file; ValueError names the line or entry that is none."""
@@ -361,9 +361,7 @@ def read_chats(name: str) -> list:
                 raise ValueError(f"{unit} {number}: {getattr(error, 'msg', error)}")
             except (AttributeError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{unit} {number}: no chat: {line[:80]}") from None
-    forms = Counter(form for form, _ in found)
-    print(f"chats        {', '.join(f'{n} of {form}' for form, n in forms.items())}")
-    return [chat for _, chat in found]
+    return found
 
 # %%
 def load_calibration(options: Options, tokenizer, context: int) -> dict[str, list]:
@@ -514,11 +512,11 @@ reference's, of eight prompts, padded to one batch: read them, do not rank by it
 
 **The interval** of 95 % (±: its half) speaks for the choice of text, not for that of
 chats (compare two seeds). What stands in one article errs together, so neither tokens
-nor windows are independent: consecutive windows are joined into blocks, one to five
-windows, 4 to 10 in all, and the spread of the blocks is what counts: the standard error
-of a ratio of sums over clusters (Cochran, *Sampling Techniques*, 1977, section 6.3)
-times Student's t (Abramowitz and Stegun 26.7.5). Simulated with neighbours that
-correlate by 0.5, it covers .93 at 20 windows and .94 at 146; below 12 there is none."""
+nor windows are independent: consecutive windows are joined into 4 to 10 blocks of three
+or more, and the spread of the blocks is what counts: the standard error of a ratio of
+sums over clusters (Cochran, *Sampling Techniques*, 1977, section 6.3) times Student's t
+(Abramowitz and Stegun 26.7.5). Simulated with neighbours that correlate by 0.5, it
+covers .93 at 20 windows and .94 at 146; below 12 there is none."""
 
 # %%
 CHUNK, FEWEST = 128, 12  # Tokens at once; windows that an interval needs.
@@ -769,7 +767,8 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
     elif prompts.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     for batch in show_progress("timing", options.batch_sizes):
-        decoder, begin = None, now()  # Frees the one before.
+        decoder, begin = None, now()
+        free_memory()  # Of the one before.
         try:
             kind = Decoder if compiled else Generator
             decoder = kind(model, prompts[:batch], options.new_tokens)
@@ -817,7 +816,7 @@ ROW = dict.fromkeys("""
     perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
     load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
     decode_tok_s decode copy_bandwidth prompt_tokens runs_as fingerprint""".split())
-SCHEMA = 4  # Raised when keys go or measuring changes: older results are refused.
+SCHEMA = 5  # Raised when keys go or measuring changes: older results are refused.
 MAY_DIFFER = "variants", "output_dir", "fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
@@ -910,6 +909,7 @@ def benchmark_speed(label, lab: SimpleNamespace, packs: bool, unpacked: list) ->
         except Exception as error:
             traceback.print_exc()  # Goes to the log.
             reasons.append(f"{how}, it failed: {quote(describe(error))}")
+            lab.pool = lab.pool and lab.pool.shutdown()  # Frees what it holds.
     said = [*unpacked, f"speed was not measured: {'; '.join(reasons)}"]
     return dict(runs_as=" · ".join(said))
 
@@ -930,7 +930,7 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
     def say(step: str) -> None:
         steps.append(step)
         print(f"{label:20} {now() - start:6,.0f} s  {step}", file=out, flush=True)
-    apart = lab.device.type == "cuda" and not IN_NOTEBOOK
+    apart = lab.device.type == "cuda" and not (IN_NOTEBOOK or lab.options.no_compile)
     with (start_process() if apart else contextlib.nullcontext() as lab.pool,
           libraries_to(lab.output / "log.txt")):
         try:
@@ -1367,7 +1367,7 @@ class PackedLinear(torch.nn.Module):
             x = x if x_scale is None else x.to(dtype) * x_scale
             weight = self.weight if kind == "dense" else dequantize(
                 kind, self.weight, self.scale).to(dtype)
-            return F.linear(x, weight, self.bias).view(*shape[:-1], -1)
+            return F.linear(x, weight, self.bias).view(*shape[:-1], len(self.weight))
         if by_rows:
             y = multiply_row(kind, x, self.weight, self.scale, rounds)
         elif kind == "fp8":
@@ -1383,21 +1383,21 @@ class PackedLinear(torch.nn.Module):
         y = y if x_scale is None else y * (x_scale.float() * back)
         y = y if kind in ("dense", "int4") else y * self.scale.float().t()
         y = y if self.bias is None else y + self.bias.float()
-        return y.to(dtype).view(*shape[:-1], -1)
+        return y.to(dtype).view(*shape[:-1], len(self.weight))
 
 # %%
 class FusedSlice(torch.nn.Module):
-    """Return outputs [begin, end) of a PackedLinear; the last slice drops them all."""
+    """Return outputs [begin, end) of a PackedLinear; when all are taken, drop them."""
     def __init__(self, fused: PackedLinear, begin: int, end: int):
         super().__init__()
         self.fused, self.begin, self.end = fused, begin, end
-        fused.latest = None, None
+        fused.latest = None, None, 0
 
     def forward(self, x):
-        latest_x, y = self.fused.latest
-        y = y if latest_x is x else self.fused(x)
-        is_last = self.end == len(self.fused.weight)
-        self.fused.latest = (None, None) if is_last else (x, y)
+        last_x, y, left = self.fused.latest
+        y, left = (y, left) if last_x is x else (self.fused(x), len(self.fused.weight))
+        left -= self.end - self.begin
+        self.fused.latest = (x, y, left) if left > 0 else (None, None, 0)
         return y[..., self.begin : self.end]
 
 FORMATS = dict(  # Of weights and of activations; what the kernels implement.
@@ -1408,8 +1408,8 @@ FORMATS = dict(  # Of weights and of activations; what the kernels implement.
 def find_kind(module: torch.nn.Module) -> str | None:
     """Return the kind of a module for PackedLinear, or None if its format has none."""
     scheme = getattr(module, "quantization_scheme", None)
-    if scheme is None:
-        return "dense"
+    if scheme is None:  # Some routers are Linears of another forward.
+        return "dense" if type(module).forward is torch.nn.Linear.forward else None
     forms = [x and (x.type, x.num_bits, x.strategy, x.symmetric, x.dynamic)
              for x in (scheme.weights, scheme.input_activations)]
     if scheme.output_activations or hasattr(module, "weight_g_idx"):
@@ -1422,7 +1422,7 @@ def pack_model(model, sm: tuple[int, int]) -> None:
         hook.remove()  # It would unpack all when the model first runs.
     for name, layer in list(model.named_modules()):
         kind, scale = find_kind(layer), getattr(layer, "weight_scale", None)
-        if kind == "dense" and not (any(sm) and isinstance(layer, torch.nn.Linear)):
+        if not kind or (kind == "dense" and not any(sm)):
             continue
         if kind == "int4":
             shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=scale.device)
@@ -1532,7 +1532,7 @@ def row_kernel(x, weight, scale, y, outputs, width, GROUP: tl.constexpr,
 @jit
 def tile_kernel(x, weight, scale, y, tokens, outputs, width, span, KIND: tl.constexpr,
                 TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[None, :]
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[None, :]
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     line, first = row % outputs, tl.program_id(2) * span
     half: tl.constexpr = x.dtype.element_ty

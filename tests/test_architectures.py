@@ -148,3 +148,19 @@ def test_a_format_of_the_cache_is_measured_or_fails_plainly(
     monkeypatch.setitem(quant_lab.VARIANTS, "cache", variant)
     row = run_lab("qwen2", tmp_path, texts, "--variants", "cache")["cache"]
     assert row["status"] == "ok" or "TypeError" not in row["error"], row["error"]
+
+
+@pytest.mark.parametrize("name", ["phimoe", "llama4_text", "falcon_h1", "qwen2"])
+@torch.no_grad()
+def test_packing_for_a_gpu_changes_no_architecture(name, tmp_path, monkeypatch):
+    """Leave a router alone that is a Linear of another forward; drop what slices share,
+    also where up is asked for before gate."""
+    monkeypatch.setattr(quant_lab, "triton", None)  # Its products are PyTorch's.
+    model = AutoModelForCausalLM.from_pretrained(architectures.make(name, tmp_path)).eval()
+    ids = torch.arange(5, 25)[None]
+    wanted = model(ids, use_cache=False).logits
+    quant_lab.pack_model(model, (9, 0))
+    found = model(ids, use_cache=False).logits
+    assert (found - wanted).norm() < 1e-3 * wanted.norm()
+    slices = [m for m in model.modules() if isinstance(m, quant_lab.FusedSlice)]
+    assert slices and {m.fused.latest for m in slices} == {(None, None, 0)}

@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from architectures import make
@@ -228,7 +229,11 @@ def test_what_reads_the_same_is_one_product(models, label):
             y = x if name != "k_proj" else other
             wanted, found = (getattr(a, name)(y).float() for a in (alone, attention))
             assert (found - wanted).norm() / wanted.norm() < 2e-3
-    assert len(calls) == 1 + 1 + 3 and fused.latest == (None, None)
+    assert len(calls) == 1 + 1 + 3
+    y = x + 1
+    for name in ("v_proj", "k_proj", "q_proj"):  # In any order, and dropped at the end.
+        getattr(attention, name)(y)
+    assert len(calls) == 6 and fused.latest == (None, None, 0)
     ids = torch.arange(5, 35)[None]
     wanted, logits = apart(ids).logits.float(), joined(ids).logits.float()
     assert ((logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median() < 0.02
@@ -590,6 +595,16 @@ def test_a_process_that_dies_compiling_is_measured_eagerly_and_said(on_gpu, monk
         row = on_gpu("01_fp8_dynamic", pool)
     assert row["compile_seconds"] is None and row["decode"][0]["tok_s"]["median"] > 0
     assert " · not compiled · compiled, it failed: BrokenProcessPool: " in row["runs_as"]
+
+
+def test_a_process_that_fails_is_gone_before_the_next_way(on_gpu, monkeypatch):
+    """Free what it holds on the GPU, or the model would not fit twice."""
+    monkeypatch.setattr(quant_lab, "time_variant", time_with_a_module_in_the_error)
+    pool = quant_lab.start_process()
+    process = psutil.Process(pool.submit(os.getpid).result())
+    monkeypatch.setattr(quant_lab, "measure_speed", lambda model, prompts, options, compiled: dict(
+        lives=process.is_running()))
+    assert on_gpu("01_fp8_dynamic", pool)["lives"] is False
 
 
 def time_with_a_module_in_the_error(*inputs):
