@@ -327,8 +327,8 @@ def fetch(files: str, column: str, rows: int = 2**20) -> list:
         write_json(kept, batch.to_pydict())
     return read_json(kept)[column]
 
-def read_chat(entry: dict) -> list[dict] | str:
-    """Return a chat's turns, or text as it is; ValueError if no format is known."""
+def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
+    """Return a chat's format and its turns, or text as it is; ValueError if unknown."""
     forms = "messages", "conversations", "prompt completion", "text"
     form, chat = next((f for f in forms if set(f.split()) <= entry.keys()), ""), []
     for key in form.split():
@@ -345,7 +345,7 @@ def read_chat(entry: dict) -> list[dict] | str:
             chat.append(turn | dict(role=role, content=content))
     if not any(turn["content"].strip() for turn in chat):
         raise ValueError(f"has {', '.join(entry) or 'no keys'}, and no chat")
-    return chat[0]["content"] if form == "text" else chat
+    return form, chat[0]["content"] if form == "text" else chat
 
 def read_chats(name: str) -> list:
     """Return chats of a file; ValueError names the line or entry that is none."""
@@ -361,7 +361,9 @@ def read_chats(name: str) -> list:
                 raise ValueError(f"{unit} {number}: {getattr(error, 'msg', error)}")
             except (AttributeError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{unit} {number}: no chat: {line[:80]}") from None
-    return found
+    forms = Counter(form for form, _ in found)
+    print(f"chats        {', '.join(f'{n} of {form}' for form, n in forms.items())}")
+    return [chat for _, chat in found]
 
 # %%
 def load_calibration(options: Options, tokenizer, context: int) -> dict[str, list]:
@@ -719,8 +721,7 @@ class Decoder:
         if prompts.is_cuda:
             torch.cuda.reset_peak_memory_stats()
             self.step = self.record(self.step)
-            if self.alone:
-                self.prefill = self.record(self.prefill)
+            self.prefill = self.record(self.prefill) if self.alone else None
 
     def record(self, work):
         graph = torch.cuda.CUDAGraph()
@@ -767,8 +768,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
     elif prompts.is_cuda:
         torch.cuda.reset_peak_memory_stats()
     for batch in show_progress("timing", options.batch_sizes):
-        decoder, begin = None, now()
-        free_memory()  # Of the one before.
+        decoder, begin = None, now()  # Frees the one before.
         try:
             kind = Decoder if compiled else Generator
             decoder = kind(model, prompts[:batch], options.new_tokens)

@@ -579,7 +579,8 @@ def test_compiling_that_fails_is_measured_eagerly_and_said(on_gpu, monkeypatch):
             assert failed[0]() is None, "never two models at once"
         return real(model, prompts, options, compiled)
 
-    here = SimpleNamespace(submit=lambda measure: SimpleNamespace(result=measure))
+    here = SimpleNamespace(submit=lambda measure: SimpleNamespace(result=measure),
+                           shutdown=lambda: None)
     monkeypatch.setattr(quant_lab, "compile_layers", fail)
     monkeypatch.setattr(quant_lab, "measure_speed", measure)
     row = on_gpu("01_fp8_dynamic", here)
