@@ -242,7 +242,7 @@ def choose_device(options: Options) -> torch.device:
         return torch.device("cpu")
     if not has_gpu:
         stop("no CUDA GPU: try --demo, --device cpu or, in Colab, a runtime with a T4")
-    if torch.cuda.get_device_capability() < (8, 0):  # As a T4: too old for theirs.
+    if torch.cuda.get_device_capability() < (8, 0):  # A T4: too old for their kernels.
         if options.dtype == "bfloat16":
             stop("--dtype bfloat16: this GPU only emulates it; take float16")
         os.environ |= dict(LLMCOMPRESSOR_DISABLE_GPTQ_TRITON="1", CT_ENFORCE_EAGER="1")
@@ -1416,6 +1416,7 @@ def find_kind(module: torch.nn.Module) -> str | None:
         return None
     return next((kind for kind, those in FORMATS.items() if those == forms), None)
 
+# %%
 def pack_model(model, sm: tuple[int, int]) -> None:
     """Pack each quantized Linear, on a GPU all, and fuse those with the same input."""
     if hook := getattr(model, "ct_decompress_hook", None):
@@ -1658,7 +1659,7 @@ def attend(module, query, key, value, attention_mask, scaling=None, **named):
     return y.reshape(len(y), 1, query.shape[1], -1), None
 
 def compile_layers(model) -> None:
-    """Make all decoder layers one function, compiled for one row and for many."""
+    """Make all decoder layers one function, compiled once for each shape."""
     from transformers import AttentionInterface
     AttentionInterface.register("quant_lab", attend)
     model.set_attn_implementation("quant_lab")
