@@ -103,8 +103,8 @@ def numbers(cell):
 @pytest.mark.parametrize("name", COMMITTED)
 def test_committed_renderings_are_those_of_the_results(name):
     folder, results = ROOT / "results" / name, read(name)
-    if name == "demo-cpu":  # Of others a record of earlier code may stand there.
-        assert results["schema"] == quant_lab.SCHEMA
+    # That folder is the record of an earlier commit, which its README names.
+    assert results["schema"] == (4 if name == "h100-0.5b" else quant_lab.SCHEMA)
     assert (folder / "summary.md").read_text("utf-8") == quant_lab.render_summary(results)
     for row in results["variants"]:
         card = folder / "checkpoints" / row["label"] / "README.md"

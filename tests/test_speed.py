@@ -149,6 +149,8 @@ def test_routes(models, monkeypatch, label, sm, tokens, route, said):
     model = load(models[label, True], True, sm)
     quantized = [linear for linear in packed_linears(model) if linear.kind != "dense"]
     assert {linear.choose_route(tokens).name for linear in quantized} == {route}
+    assert {linear.choose_route(tokens).value.format(linear.kind, "fp16")
+            for linear in quantized} == {said}
     batches = (1, tokens) if tokens > 1 else (1,)
     options = quant_lab.Options(batch_sizes=batches)
     assert said in quant_lab.name_routes(label, model, max(tokens, 2), options)
@@ -161,6 +163,9 @@ def test_without_triton_a_gpu_dequantizes_one_token_and_says_why(models, monkeyp
     for linear in packed_linears(model):
         dense = linear.kind == "dense"
         assert linear.choose_route(1).name == ("DENSE" if dense else "DEQUANTIZED")
+        assert linear.choose_route(1).value.format(linear.kind, "fp16") == (
+            "fp16" if dense else
+            "dequantized to fp16")
 
 
 def test_a_width_that_16_does_not_divide_is_dequantized(monkeypatch):
@@ -169,6 +174,8 @@ def test_a_width_that_16_does_not_divide_is_dequantized(monkeypatch):
         "int8", 32, 24, None, torch.device("cpu"), (9, 0))
     for tokens in (1, 8):
         assert linear.choose_route(tokens).name == "DEQUANTIZED"
+        assert linear.choose_route(tokens).value.format(linear.kind, "fp16") == (
+            "dequantized to fp16")
     assert linear(torch.ones(2, 3, 24).half()).shape == (2, 3, 32)
 
 
