@@ -418,13 +418,13 @@ def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, 
 # %% [markdown]
 """## Quantize
 
-Six beats: load the model, build the recipe, `oneshot`, save, hash, rename. Each
-modifier of a [llmcompressor](https://docs.vllm.ai/projects/llm-compressor) recipe takes
-its own pass over the chats, layer by layer. `lab` is what runs share (see `set_up`).
+Load the model, build the recipe, `oneshot`, save, hash, rename. Each modifier of a
+[llmcompressor](https://docs.vllm.ai/projects/llm-compressor) recipe takes its own pass
+over the chats, layer by layer. Of 256, seven of like length go at once, cut to the
+shortest: 1.4 % fewer tokens, a third of the time (H200). `lab` is what runs share.
 
-- **MB, size**: bytes of the safetensors, in units of 10^6, and over the baseline's. A
-  small model does not become four times smaller in four bits: its embedding, more than
-  a quarter of Qwen2.5-0.5B, stays 16-bit.
+- **MB, size**: bytes of the safetensors, in units of 10^6, and over the baseline's. The
+  embedding, more than a quarter of Qwen2.5-0.5B, stays 16-bit.
 - **quantize s**: the recipe with its calibration, without loading and saving. With
   SmoothQuant or AWQ it includes the proof that smoothing changed nothing.
 
@@ -451,8 +451,8 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
             start = now()
             with fit_smoothing(recipe, model, lab.windows[:1, :128], row):
                 oneshot(model=model, recipe=recipe, processor=lab.tokenizer,
-                        dataset=chats, num_calibration_samples=None,
-                        shuffle_calibration_samples=False)
+                        dataset=chats, shuffle_calibration_samples=False,
+                        batch_size=min(8, 1 + len(chats or "") // 40))
             row["quantize_seconds"] = now() - start
         model.save_pretrained(draft)  # Adds recipe.yaml from the session.
     if label != BASELINE:
