@@ -1002,9 +1002,9 @@ def render_cell(row: dict, column: tuple) -> str:
     """Return a figure as text; of a noisy timing, which has no rank, only its range."""
     _, key, digits, unit = column
     word, middle, low, high, ranged, noisy = read_figure(row, key)
+    places = digits if abs(middle or 0) * unit < 1000 else 0  # Of the ends, too.
     def write(x: float) -> str:
         x *= unit
-        places = digits if abs(x) < 1000 else 0
         return f"{x:,.{places}f}" if abs(x) < 1e8 else f"{x:.1e}"
     if word or low is None or low == high:
         return word or write(middle)

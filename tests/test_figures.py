@@ -647,6 +647,7 @@ def test_tiny_model_fits_and_has_the_shape_it_should():
     (dict(mean=3.0, low=0.0, high=41.4), "3.00 (0.00–41.40)"),
     (dict(value=1.0, low=0.9, high=1.1), "1.00 ± 0.10"),
     (dict(value=1.0, low=None, high=None), "1.00"), (12_345.678, "12,346"),
+    (dict(value=1020.8, low=868.2, high=1173.4), "1,021 ± 153"),
     (dict(median=2.0, min=1.9, max=2.1, samples=[1.9, 2, 2.1]), "2.00 (1.90–2.10)"),
     (dict(median=2.0, min=1.0, max=4.0, samples=[1, 2, 4]), "1.00–4.00 noisy")])
 def test_an_uneven_interval_is_shown_by_its_ends(value, text):
