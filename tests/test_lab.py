@@ -802,6 +802,17 @@ def test_generation_defaults_that_do_not_validate_do_not_stop_the_lab(
         model.generation_config.validate(strict=True)
 
 
+@pytest.mark.parametrize("chats, batches", [(39, 39), (82, 28)])
+def test_chats_of_like_length_are_calibrated_together(lab, chats, batches):
+    """The last batch of the 82 is smaller than the others."""
+    build = lab("--variants", LABELS[2])
+    ids = [[1] * (9 + place * 7 % 50) for place in range(chats)]
+    build.samples = dict(input_ids=ids, attention_mask=ids)
+    with quant_lab.libraries_to(build.output / "log.txt"):
+        assert quant_lab.quantize_variant(LABELS[2], build)["weight_bytes"]
+    assert f"| {batches}/{batches} [" in (build.output / "log.txt").read_text("utf-8")
+
+
 def test_fallbacks_to_rounding_are_counted(lab):
     """One sample of 8 tokens cannot fill a 128 x 128 matrix: undamped, no layer inverts."""
     build = lab("--variants", LABELS[2], "--dampening", 0, "--calibration-samples", 1,
