@@ -164,8 +164,7 @@ def test_without_triton_a_gpu_dequantizes_one_token_and_says_why(models, monkeyp
         dense = linear.kind == "dense"
         assert linear.choose_route(1).name == ("DENSE" if dense else "DEQUANTIZED")
         assert linear.choose_route(1).value.format(linear.kind, "fp16") == (
-            "fp16" if dense else
-            "dequantized to fp16")
+            "fp16" if dense else "dequantized to fp16")
 
 
 def test_a_width_that_16_does_not_divide_is_dequantized(monkeypatch):
