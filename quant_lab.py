@@ -1357,9 +1357,8 @@ class PackedLinear(torch.nn.Module):
         shape, dtype, kind, x_scale, back = x.shape, x.dtype, self.kind, None, 1
         x = x.reshape(-1, shape[-1]).contiguous()
         route = self.choose_route(len(x))
-        by_rows, small = route is Route.REGISTERS, self.weight.numel() < LARGE
-        few = small and len(self.weight) <= shape[-1]  # The kernel rounds its row.
-        rounds = kind == "fp8" and self.native and by_rows and few
+        few = len(self.weight) <= shape[-1] and self.weight.numel() < LARGE
+        rounds = kind == "fp8" and self.native and route is Route.REGISTERS and few
         if kind == "int8" or kind == "fp8" and not rounds:
             x, x_scale = round_activations(kind, x, self.native)
         if route in (Route.DENSE, Route.DEQUANTIZED):
@@ -1367,7 +1366,7 @@ class PackedLinear(torch.nn.Module):
             weight = self.weight if kind == "dense" else dequantize(
                 kind, self.weight, self.scale).to(dtype)
             return F.linear(x, weight, self.bias).view(*shape[:-1], len(self.weight))
-        if by_rows:
+        if route is Route.REGISTERS:
             y = multiply_row(kind, x, self.weight, self.scale, rounds)
         elif kind == "fp8":
             guard = x_scale.new_full((), 2.0**-10, dtype=torch.float32)
@@ -1607,7 +1606,8 @@ def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tenso
     rows = 64 if n == 16 or outputs < 2048 else 128
     block = width // scale.shape[1] if kind == "int4" else 128
     programs = triton.cdiv(tokens, n), triton.cdiv(outputs, rows)
-    parts = max(1, min(8, width // (4 * block), 512 // math.prod(programs)))
+    parts = 1 if n == 128 else max(
+        1, min(8, width // (4 * block), 512 // math.prod(programs)))
     span = triton.cdiv(width, parts * block) * block
     dtype = scale.dtype if parts == 1 else torch.float32
     y = x.new_empty(parts, tokens, outputs, dtype=dtype)
