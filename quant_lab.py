@@ -668,7 +668,7 @@ Decoding is what servers do, as far as PyTorch goes: a static cache, tokens that
 leave the GPU, compiled decoder layers, prefill and step as CUDA graphs. `generate`
 would start each of hundreds of kernels from Python, and at this size measure Python.
 It is what is left on a CPU, and where layers do not compile (sliding windows, soft
-caps, experts). Compare it with its like; `runs_as` tells."""
+caps, some experts). Compare it with its like; `runs_as` tells."""
 
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
@@ -1820,7 +1820,7 @@ def render_summary(results: dict) -> str:
     rows = results["variants"]
     return "\n\n".join([
         f"# quant_lab: {quote(results['model_name'])}", render_card(results),
-        f"Measured {results['created']}.", "![Speed, bytes](summary.png)",
+        f"Written {results['created']}.", "![Speed, bytes](summary.png)",
         "## Verdict", render_verdict(rows), "## Figures", render_tables(results, rows),
         "## Greedy completions",
         *(render_completions(rows, n) for n in range(len(PROMPTS)))]) + "\n"
