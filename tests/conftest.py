@@ -21,6 +21,9 @@ TINY = ROOT / "tests" / "tiny-qwen2"
 SHARED = ROOT.parent / "shared" / "data"
 LABELS = ["00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16", "03_smoothquant_w8a8"]
 CONTROL = "rtn_w4a16"
+# Fixtures that wait for what runs beside the tests, one after the other.
+LATE = {"demo", "from_hub", "killed", "notebook"}
+BESIDE = ThreadPoolExecutor(1)
 
 os.environ["OMP_NUM_THREADS"] = "1"  # Threads cost a tiny model more than they save.
 os.environ["HF_HUB_OFFLINE"] = "1"  # Tests that want the stand-in hub say so themselves.
@@ -37,7 +40,7 @@ def pytest_collection_modifyitems(config, items):
 
     if "slow" not in config.option.markexpr:
         items[:] = [item for item in items if "slow" not in item.keywords]
-    items.sort(key=lambda item: "demo" in item.fixturenames)  # It runs beside the others.
+    items.sort(key=lambda item: bool(LATE & set(item.fixturenames)))
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
@@ -199,30 +202,34 @@ def finished(finished_run, tmp_path):
     return shutil.copytree(finished_run, tmp_path / "out")
 
 
+def start_beside(request, fixture, work, *arguments):
+    """Start what takes long in processes of its own if a test asks for its fixture."""
+    if any(fixture in item.fixturenames for item in request.session.items):
+        return BESIDE.submit(work, *arguments)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def running_demo(request, tmp_path_factory):
-    """Start the whole demo beside the first tests if one asks for it; return it and its folder.
+    """Start the whole demo beside the first tests if one asks for it.
 
     It runs on the CPU with as many threads as PyTorch takes, which do not spin while they
     wait: that would slow the other tests down, and changes no figure.
     """
-    if not any("demo" in item.fixturenames for item in request.session.items):
-        return None
+    return start_beside(request, "demo", run_demo, tmp_path_factory.mktemp("demo"))
+
+
+def run_demo(folder):
     import torch
 
-    folder = tmp_path_factory.mktemp("demo")
     device = ["--device", "cpu"] if torch.cuda.is_available() else []
-    beside = ThreadPoolExecutor(1).submit(
-        run_process, "--demo", "--output-dir", folder, *device, OMP_NUM_THREADS=None,
-        OMP_WAIT_POLICY="PASSIVE")
-    return beside, folder
+    return folder, run_process("--demo", "--output-dir", folder, *device,
+                               OMP_NUM_THREADS=None, OMP_WAIT_POLICY="PASSIVE")
 
 
 @pytest.fixture(scope="session")
 def demo(running_demo):
     """Return what the demo printed and wrote."""
-    beside, folder = running_demo
-    done = beside.result()
+    folder, done = running_demo.result()
     assert done.returncode == 0, done.stdout + done.stderr
     return SimpleNamespace(out=done.stdout, err=done.stderr, folder=folder,
                            results=read_strict(folder / "results.json"))

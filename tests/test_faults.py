@@ -19,7 +19,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import LABELS, ROOT, SCRIPT, SHARED, make_small, read_strict, run_all, run_process
+from conftest import (
+    LABELS, ROOT, SCRIPT, SHARED, make_small, quick_words, read_strict, run_all, run_process,
+    start_beside)
 
 import quant_lab
 
@@ -53,25 +55,43 @@ def assert_same(output, wanted):
         assert (output / name).exists()
 
 
-def run_killed(steps, words, output):
+def run_killed(steps, words):
     """Run the script once for each step, ended there; return all exit codes and the rest."""
-    done = run_process(", ".join(steps), *words, "--output-dir", output, script=KILL)
+    done = run_process(", ".join(steps), *words, script=KILL)
     assert done.returncode == 0, done.stdout + done.stderr
     return [int(code) for code in re.findall(r"(?m)^ended (-?\d+)$", done.stdout)], done
 
 
-def test_killed_or_interrupted_anywhere_a_run_goes_on(lab, quick, finished_run, tmp_path):
+KILLS = ["weights half 1", "rename before 1", "results before 1", "quantize after 1"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def running_killed(request, small, texts, tmp_path_factory):
+    """Start the runs that are killed beside the other tests if one asks for them."""
+    words = [*quick_words(small, texts), "--output-dir", tmp_path_factory.mktemp("killed")]
+    steps = [*KILLS, "time interrupt 2"]
+    return words, start_beside(request, "killed", run_killed, steps, words)
+
+
+@pytest.fixture
+def killed(running_killed):
+    """Return the words of the runs, their exit codes, and what they said."""
+    words, runs = running_killed
+    return words, *runs.result()
+
+
+def test_killed_or_interrupted_anywhere_a_run_goes_on(killed, finished_run):
     """Each run dies at a step; the last goes through: files and figures as if in one go."""
-    kills = ["weights half 1", "rename before 1", "results before 1", "quantize after 1"]
-    codes, done = run_killed([*kills, "time interrupt 2"], quick, tmp_path / "out")
-    assert codes == [-signal.SIGKILL] * len(kills) + [-signal.SIGINT], (
+    words, codes, done = killed
+    assert codes == [-signal.SIGKILL] * len(KILLS) + [-signal.SIGINT], (
         done.stdout + done.stderr)
     assert "Ctrl-C" in done.stdout, "it says beforehand that one can go on"
     assert "Traceback" not in done.stdout + done.stderr
-    left = read_rows(tmp_path / "out")
+    left = read_rows(words[-1])
     assert [row["status"] for row in left] == ["ok"] * len(left) and len(left) < 4
-    assert run_all(lab())["variants"][: len(left)] == left, "finished rows stay"
-    assert_same(tmp_path / "out", finished_run)
+    lab = quant_lab.set_up([str(word) for word in words])
+    assert run_all(lab)["variants"][: len(left)] == left, "finished rows stay"
+    assert_same(words[-1], finished_run)
 
 
 STEPS = ["quantize before 1", "quantize after 1", "save before 1", "weights half 1",
@@ -90,7 +110,7 @@ def test_killed_at_every_step_and_at_many_moments(tmp_path):
         steps = [step for step in STEPS if number > 1 or "quantize" not in step]
         codes, done = run_killed(
             [*steps, f"results before {number}", f"results after {number}"],
-            [*SHORT_DEMO, "--variants", *LABELS[:number]], tmp_path / "chain")
+            [*SHORT_DEMO, "--variants", *LABELS[:number], "--output-dir", tmp_path / "chain"])
         assert set(codes) == {-signal.SIGKILL}, (label, codes, done.stdout + done.stderr)
     done = run_process(*SHORT_DEMO, "--output-dir", tmp_path / "chain")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,8 @@ import pytest
 import torch
 from architectures import make
 from conftest import (
-    CONTROL, LABELS, ROOT, TINY, make_small, quick_words, read_strict, run_all, run_process)
+    CONTROL, LABELS, ROOT, TINY, make_small, quick_words, read_strict, run_all, run_process,
+    start_beside)
 from hub import serve
 from test_architectures import score_plainly
 from test_figures import expected_bytes, quantile_of_t, tensor_bytes
@@ -879,21 +880,41 @@ def make_hub(folder, source):
             "datasets/Salesforce/wikitext": wiki}, lines
 
 
-def test_default_route_from_the_hub_and_again_from_the_cache(small, tmp_path):
-    """A busy hub that cuts downloads off, at first; then none at all."""
-    from transformers import AutoTokenizer
+@pytest.fixture(scope="session", autouse=True)
+def running_from_hub(request, small, tmp_path_factory):
+    """Start the two runs of the hub beside the other tests if one asks for them."""
+    return start_beside(request, "from_hub", run_from_hub, small, tmp_path_factory.mktemp("hub"))
 
-    repos, lines = make_hub(tmp_path / "hub", small)
-    output = tmp_path / "results" / "Qwen2.5-0.5B-Instruct-cpu"
+
+@pytest.fixture
+def from_hub(running_from_hub):
+    """Return both runs, the results of the first, the hub, its folders, the lines of text."""
+    return running_from_hub.result()
+
+
+def run_from_hub(small, folder):
+    repos, lines = make_hub(folder / "hub", small)
+    output = folder / "results" / "Qwen2.5-0.5B-Instruct-cpu"
     words = ["--device", "cpu", "--batch-sizes", 1, "--repeats", 2, "--new-tokens", 8,
              "--calibration-length", 64, "--variants", LABELS[0], LABELS[2]]
-    home = dict(HF_HOME=str(tmp_path / "home"), HF_HUB_DISABLE_XET="1", folder=tmp_path)
+    home = dict(HF_HOME=str(folder / "home"), HF_HUB_DISABLE_XET="1", folder=folder)
     with serve(repos) as hub:
         hub.fail_first = True
         done = run_process(*words, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", **home)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert hub.failed
+    assert done.returncode == 0, done.stdout + done.stderr
     results = read_strict(output / "results.json")
+    shutil.rmtree(output / "checkpoints" / LABELS[2])
+    again = run_process(*words, HF_HUB_OFFLINE="1", **home)
+    assert again.returncode == 0, again.stdout + again.stderr
+    return done, results, read_rows(output), hub, repos, lines
+
+
+def test_default_route_from_the_hub_and_again_from_the_cache(small, from_hub):
+    """A busy hub that cuts downloads off, at first; then none at all."""
+    from transformers import AutoTokenizer
+
+    done, results, rows, hub, repos, lines = from_hub
+    assert hub.failed
     assert [row["status"] for row in results["variants"]] == ["ok"] * 2
     assert results["base_model"] == results["model_name"] == "Qwen/Qwen2.5-0.5B-Instruct"
     assert "256 chats" in done.stdout
@@ -907,10 +928,6 @@ def test_default_route_from_the_hub_and_again_from_the_cache(small, tmp_path):
         "test-0.parquet", "train_sft-0.parquet"}
     chats = repos["datasets/HuggingFaceH4/ultrachat_200k"] / "data" / "train_sft-0.parquet"
     assert sent["train_sft-0.parquet"] < chats.stat().st_size / 2, "the chats are streamed"
-    shutil.rmtree(output / "checkpoints" / LABELS[2])
-    again = run_process(*words, HF_HUB_OFFLINE="1", **home)
-    assert again.returncode == 0, again.stdout + again.stderr
-    rows = read_rows(output)
     for number, (row, wanted) in enumerate(zip(rows, results["variants"], strict=True)):
         for key in wanted if number != 1 else ("perplexity", "kld", "weight_bytes"):
             assert row[key] == wanted[key], "finished rows stay, and the chats are the same"

@@ -3,11 +3,12 @@
 import copy
 import itertools
 import json
+import os
 import re
 
 import jupytext
 import pytest
-from conftest import ROOT, SCRIPT, load_by_path
+from conftest import ROOT, SCRIPT, load_by_path, start_beside
 
 import quant_lab
 
@@ -759,22 +760,39 @@ def read_output(cell):
         for output in cell["outputs"])
 
 
-def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def running_notebook(request, tmp_path_factory):
+    """Start the notebook beside the other tests if one asks for it."""
+    return start_beside(request, "notebook", run_notebook, tmp_path_factory.mktemp("notebook"))
+
+
+@pytest.fixture
+def notebook(running_notebook):
+    """Return the executed notebook and the folder that it wrote to."""
+    return running_notebook.result()
+
+
+def run_notebook(folder):
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("QUANT_LAB_ARGS", (
-        "--demo --device cpu --max-windows 3 --repeats 2 --new-tokens 4 --batch-sizes 2 "
-        "--calibration-samples 2 --calibration-length 32 "
-        f"--variants {BASE} {FP8} {INT4} {INT8} {CONTROL} --output-dir '{tmp_path}'"))
+    words = ("--demo --device cpu --max-windows 3 --repeats 2 --new-tokens 4 --batch-sizes 2 "
+             "--calibration-samples 2 --calibration-length 32 "
+             f"--variants {BASE} {FP8} {INT4} {INT8} {CONTROL} --output-dir '{folder}'")
     notebook = jupytext.read(SCRIPT)
     notebook.metadata["kernelspec"]["name"] = "python3"
     nbclient.NotebookClient(
-        notebook, timeout=600, resources=dict(metadata=dict(path=str(ROOT)))).execute()
+        notebook, timeout=600, resources=dict(metadata=dict(path=str(ROOT)))).execute(
+            env=dict(os.environ, QUANT_LAB_ARGS=words))
+    return notebook, folder
+
+
+def test_the_notebook_runs_in_a_real_kernel(notebook):
+    notebook, folder = notebook
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     runs = [cell for cell in code if 'if __name__ == "__main__":' in cell.source]
     assert len(runs) == 7 and not [cell.source for cell in code
                                    if cell["outputs"] and cell not in runs]
-    results = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    results = json.loads((folder / "results.json").read_text("utf-8"))
     assert [row["status"] for row in results["variants"]] == ["ok"] * 5
     for cell, label in zip(runs[1:6], (BASE, FP8, INT4, INT8, CONTROL), strict=True):
         assert quant_lab.render_result(label, results) in read_output(cell)
@@ -789,4 +807,4 @@ def test_the_notebook_runs_in_a_real_kernel(tmp_path, monkeypatch):
     said = "".join(output["text"] for cell in code for output in cell["outputs"]
                    if output.get("name") == "stderr")
     assert not said or "ipywidgets" in said and said.count("Warning") == 1, said
-    assert (tmp_path / "summary.png").stat().st_size > 10_000
+    assert (folder / "summary.png").stat().st_size > 10_000

@@ -638,10 +638,16 @@ def test_the_reason_of_another_process_is_told(on_gpu, monkeypatch):
         " · not compiled · compiled, it failed: RuntimeError: no such compiler")
 
 
-def test_a_compiled_variant_is_measured_in_a_process_of_its_own(on_gpu, monkeypatch):
-    monkeypatch.setattr(quant_lab, "time_variant", time_traced)
+@pytest.fixture(scope="module")
+def process():
+    """Start a process that takes jobs; its last test ends it."""
     with quant_lab.start_process() as pool:
-        row = on_gpu("01_fp8_dynamic", pool)
+        yield pool
+
+
+def test_a_compiled_variant_is_measured_in_a_process_of_its_own(on_gpu, monkeypatch, process):
+    monkeypatch.setattr(quant_lab, "time_variant", time_traced)
+    row = on_gpu("01_fp8_dynamic", process)
     assert row["process"] != os.getpid() and torch.compile is COMPILE
     assert row["runs_as"].endswith(" · compiled") and row["compile_seconds"] > 0
     assert [entry["tok_s"]["median"] > 0 for entry in row["decode"]] == [True, True]
@@ -683,13 +689,12 @@ def where() -> dict:
     return dict(process=os.getpid())
 
 
-def test_apart_is_another_process_and_its_death_is_told():
-    with quant_lab.start_process() as pool:
-        assert pool.submit(where).result()["process"] != os.getpid()
-        with pytest.raises(ValueError, match="Expecting"):
-            pool.submit(json.loads, "{").result()
-        with pytest.raises(BrokenProcessPool):
-            pool.submit(os._exit, 9).result()
+def test_apart_is_another_process_and_its_death_is_told(process):
+    assert process.submit(where).result()["process"] != os.getpid()
+    with pytest.raises(ValueError, match="Expecting"):
+        process.submit(json.loads, "{").result()
+    with pytest.raises(BrokenProcessPool):
+        process.submit(os._exit, 9).result()
 
 
 def test_emulated_is_the_ecosystems_path(lab, tmp_path):
