@@ -9,7 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,8 @@ LABELS = ["00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16", "03_smoothquant
 CONTROL = "rtn_w4a16"
 # Fixtures that wait for what runs beside the tests, one after the other.
 LATE = {"demo", "from_hub", "killed", "notebook"}
-BESIDE = ThreadPoolExecutor(1)
+# A process, forked before the first test, as tests change environment, limits and functions.
+BESIDE = ProcessPoolExecutor(1, get_context("fork"))
 
 os.environ["OMP_NUM_THREADS"] = "1"  # Threads cost a tiny model more than they save.
 os.environ["HF_HUB_OFFLINE"] = "1"  # Tests that want the stand-in hub say so themselves.
@@ -44,6 +46,10 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+def pytest_sessionfinish():
+    BESIDE.shutdown(wait=False, cancel_futures=True)  # After -x, what waits is not begun.
 
 
 def load_by_path(name):
@@ -203,7 +209,7 @@ def finished(finished_run, tmp_path):
 
 
 def start_beside(request, fixture, work, *arguments):
-    """Start what takes long in processes of its own if a test asks for its fixture."""
+    """Start what takes long beside the tests if one asks for its fixture."""
     if any(fixture in item.fixturenames for item in request.session.items):
         return BESIDE.submit(work, *arguments)
 

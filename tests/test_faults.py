@@ -83,15 +83,16 @@ def killed(running_killed):
 def test_killed_or_interrupted_anywhere_a_run_goes_on(killed, finished_run):
     """Each run dies at a step; the last goes through: files and figures as if in one go."""
     words, codes, done = killed
+    output = words[-1]
     assert codes == [-signal.SIGKILL] * len(KILLS) + [-signal.SIGINT], (
         done.stdout + done.stderr)
     assert "Ctrl-C" in done.stdout, "it says beforehand that one can go on"
     assert "Traceback" not in done.stdout + done.stderr
-    left = read_rows(words[-1])
+    left = read_rows(output)
     assert [row["status"] for row in left] == ["ok"] * len(left) and len(left) < 4
     lab = quant_lab.set_up([str(word) for word in words])
     assert run_all(lab)["variants"][: len(left)] == left, "finished rows stay"
-    assert_same(words[-1], finished_run)
+    assert_same(output, finished_run)
 
 
 STEPS = ["quantize before 1", "quantize after 1", "save before 1", "weights half 1",

@@ -888,7 +888,8 @@ def running_from_hub(request, small, tmp_path_factory):
 
 @pytest.fixture
 def from_hub(running_from_hub):
-    """Return both runs, the results of the first, the hub, its folders, the lines of text."""
+    """Return the first run, its results, the rows of the second, and of the hub: whether it
+    failed at first, what it sent, its folders, the lines of its text."""
     return running_from_hub.result()
 
 
@@ -906,22 +907,22 @@ def run_from_hub(small, folder):
     shutil.rmtree(output / "checkpoints" / LABELS[2])
     again = run_process(*words, HF_HUB_OFFLINE="1", **home)
     assert again.returncode == 0, again.stdout + again.stderr
-    return done, results, read_rows(output), hub, repos, lines
+    return done, results, read_rows(output), hub.failed, hub.sent, repos, lines
 
 
 def test_default_route_from_the_hub_and_again_from_the_cache(small, from_hub):
     """A busy hub that cuts downloads off, at first; then none at all."""
     from transformers import AutoTokenizer
 
-    done, results, rows, hub, repos, lines = from_hub
-    assert hub.failed
+    done, results, rows, failed, sent, repos, lines = from_hub
+    assert failed
     assert [row["status"] for row in results["variants"]] == ["ok"] * 2
     assert results["base_model"] == results["model_name"] == "Qwen/Qwen2.5-0.5B-Instruct"
     assert "256 chats" in done.stdout
     ids = AutoTokenizer.from_pretrained(TINY)("\n\n".join(
         row["text"] for row in lines)).input_ids
     assert results["variants"][0]["tokens_scored"] == len(ids) // 2048 * 2047
-    sent = {name.rpartition("/")[2]: size for name, size in hub.sent.items()}
+    sent = {name.rpartition("/")[2]: size for name, size in sent.items()}
     assert not {"pytorch_model.bin", "model.onnx", "consolidated.safetensors"} & set(sent)
     assert sent["model.safetensors"] <= 2 * (small / "model.safetensors").stat().st_size
     assert {name for name in sent if name.endswith(".parquet")} == {

@@ -769,12 +769,14 @@ def running_notebook(request, tmp_path_factory):
 @pytest.fixture
 def notebook(running_notebook):
     """Return the executed notebook and the folder that it wrote to."""
+    pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
     return running_notebook.result()
 
 
 def run_notebook(folder):
-    nbclient = pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
+    import nbclient
+
     words = ("--demo --device cpu --max-windows 3 --repeats 2 --new-tokens 4 --batch-sizes 2 "
              "--calibration-samples 2 --calibration-length 32 "
              f"--variants {BASE} {FP8} {INT4} {INT8} {CONTROL} --output-dir '{folder}'")
