@@ -1606,13 +1606,13 @@ def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tenso
     rows = 64 if n == 16 or outputs < 2048 else 128
     block = width // scale.shape[1] if kind == "int4" else 128
     programs = triton.cdiv(tokens, n), triton.cdiv(outputs, rows)
-    parts = 1 if n == 128 else max(
-        1, min(8, width // (4 * block), 512 // math.prod(programs)))
+    parts = max(1, min(8, width // (4 * block), 2**14 // n // math.prod(programs)))
     span = triton.cdiv(width, parts * block) * block
     dtype = scale.dtype if parts == 1 else torch.float32
     y = x.new_empty(parts, tokens, outputs, dtype=dtype)
     tile_kernel[*programs, parts](  # Those that share weights follow each other.
-        x, weight, scale, y, tokens, outputs, width, span, kind, n, rows, block)
+        x, weight, scale, y, tokens, outputs, width, span, kind, n, rows, block,
+        num_stages=4 if n == 64 else 3)
     return y[0] if parts == 1 else y.sum(0)
 
 # %%
