@@ -25,7 +25,7 @@ WORDS = dict(x="*i32", weight="*i32")
 BYTES = dict(weight="*i8")
 
 
-def compile_kernel(kernel, sm, types, **constants):
+def compile_kernel(kernel, sm, types, options=None, **constants):
     """Return what Triton compiles; types of arguments are Triton's, pointers are aligned."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -38,7 +38,7 @@ def compile_kernel(kernel, sm, types, **constants):
     source = ASTSource(kernel, signature,
                        {(names.index(name),): x for name, x in constants.items()},
                        {(i,): [["tt.divisibility", 16]] for i in aligned})
-    return triton.compile(source, target=GPUTarget("cuda", sm, 32))
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
 @pytest.mark.parametrize("sm, kind, rounds, half, types", [
@@ -90,7 +90,7 @@ def test_tiles_compile_and_are_read_ahead(monkeypatch, sm, kilobytes, kind, half
     x, weight = (f"*{half}", "*i16") if kind == "int4" else ("*i8", "*i8")
     made = compile_kernel(
         quant_lab.tile_kernel, sm, TILE | dict(x=x, weight=weight, scale=f"*{half}"),
-        KIND=kind, TOKENS=count, ROWS=rows, BLOCK=block)
+        launch.options, KIND=kind, TOKENS=count, ROWS=rows, BLOCK=block)
     size = rows * block * (2 if kind == "int4" else 1)
     assert 2 * size <= made.metadata.shared <= kilobytes * 1024
 
