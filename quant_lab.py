@@ -45,11 +45,10 @@ import time
 import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from itertools import product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -668,7 +667,11 @@ Decoding is what servers do, as far as PyTorch goes: a static cache, tokens that
 leave the GPU, compiled decoder layers, prefill and step as CUDA graphs. `generate`
 would start each of hundreds of kernels from Python, and at this size measure Python.
 It is what is left on a CPU, and where layers do not compile (sliding windows, soft
-caps, some experts). Compare it with its like; `runs_as` tells."""
+caps, some experts). Compare it with its like; `runs_as` tells.
+
+The first three graphs of a process replay up to 15 % faster than all of them do once a
+fourth is recorded (on an H200, whatever they hold). Servers record dozens: so does this
+process, before it times anything, and all variants meet the same state."""
 
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
@@ -701,6 +704,20 @@ class Generator:
         return times[1] - times[0], times[-1] - times[1]
 
 # %%
+def record(work):
+    """Return a function that replays the work, recorded as a CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+@cache
+def record_many(device: torch.device) -> None:
+    """Record graphs as a server does: those of a process with few replay faster."""
+    x = torch.zeros(1, device=device)
+    for _ in range(16):
+        record(lambda: [x.add_(1) for _ in range(1000)])()
+
 class Decoder:
     """Continue prompts in tensors that stay where they are, on a GPU as CUDA graphs."""
     def __init__(self, model, prompts: Tensor, new_tokens: int):
@@ -718,15 +735,10 @@ class Decoder:
         self.first = self.token.clone()
         self.run(2)  # Compiles, and warms up.
         if prompts.is_cuda:
+            record_many(prompts.device)
             torch.cuda.reset_peak_memory_stats()
-            self.step = self.record(self.step)
-            self.prefill = self.record(self.prefill) if self.alone else None
-
-    def record(self, work):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return graph.replay
+            self.step = record(self.step)
+            self.prefill = record(self.prefill) if self.alone else None
 
     def advance(self, ids, places, mask) -> None:
         output = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1,
@@ -803,10 +815,8 @@ options, model files, texts, rendered prompts, versions, machine and number of t
 a run that differs is refused and told by what. Where only a recipe changed, its row is
 measured again when asked for; other changes of the script go unnoticed: `--fresh`.
 
-Each compiled variant is timed in a process of its own: later models of a process at
-times decode 14 % slower on an H100, for seconds or for good, and why is not known. A
-notebook has but one process; where compiling fails, the variant is timed uncompiled:
-`runs_as` says so. **compile s**: with warm-up and recording, for all batch sizes."""
+Where compiling fails, a variant is timed uncompiled: `runs_as` says so. **compile s**:
+with warm-up and recording, for all batch sizes."""
 
 # %%
 ROW = dict.fromkeys("""
@@ -815,7 +825,7 @@ ROW = dict.fromkeys("""
     perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
     load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
     decode_tok_s decode copy_bandwidth prompt_tokens runs_as fingerprint""".split())
-SCHEMA = 5  # Raised when keys go or measuring changes: older results are refused.
+SCHEMA = 6  # Raised when keys go or measuring changes: older results are refused.
 MAY_DIFFER = "variants", "output_dir", "fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
@@ -881,34 +891,25 @@ def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
     said = [f"{', '.join(phases[routes])} {routes}" for routes in phases]
     return " · ".join(model.unpacked + said)
 
-def time_variant(label, output, prompts: Tensor, options, device, compiled) -> dict:
-    with libraries_to(output / "log.txt"):
-        try:
-            model = place_model(output / "checkpoints" / label, options, device)
-            speed = measure_speed(model, prompts.to(device), options, compiled)
-        except Exception as error:  # Not all can be sent to another process.
-            raise ValueError(describe(error))
-    return speed | dict(runs_as=name_routes(label, model, prompts.shape[1], options))
-
 def benchmark_speed(label, lab: SimpleNamespace, packs: bool, unpacked: list) -> dict:
     """Return speed and memory of a checkpoint: compiled, else not, else the reason."""
-    options, ways, reasons = lab.options, ["not compiled"], []
+    options, reasons = lab.options, []
     length = min(512, lab.context - options.new_tokens)  # A shorter text is repeated.
     ids, count = lab.windows[:, lab.unscored :].flatten(), max(options.batch_sizes)
     prompts = ids[torch.arange(length * count) % len(ids)].view(count, length)
-    if lab.device.type == "cuda" and packs and not options.no_compile:
-        ways.insert(0, "compiled, in a process with the others" if IN_NOTEBOOK
-                    else "compiled")
-    for how in ways:
-        job = partial(time_variant, label, lab.output, prompts, options, lab.device,
-                      how != "not compiled")
+    compiles = lab.device.type == "cuda" and packs and not options.no_compile
+    for compiled in [True, False] if compiles else [False]:
+        how = "compiled" if compiled else "not compiled"
         try:
-            speed = lab.pool.submit(job).result() if how == "compiled" else job()
-            return speed | dict(runs_as=" · ".join([speed["runs_as"], how, *reasons]))
+            model = place_model(lab.output / "checkpoints" / label, options, lab.device)
+            speed = measure_speed(model, prompts.to(model.device), options, compiled)
+            routes = name_routes(label, model, length, options)
+            return speed | dict(runs_as=" · ".join([routes, how, *reasons]))
         except Exception as error:
             traceback.print_exc()  # Goes to the log.
             reasons.append(f"{how}, it failed: {quote(describe(error))}")
-            lab.pool = lab.pool and lab.pool.shutdown()  # Frees what it holds.
+        model = None  # To be freed.
+        free_memory()
     said = [*unpacked, f"speed was not measured: {'; '.join(reasons)}"]
     return dict(runs_as=" · ".join(said))
 
@@ -929,9 +930,7 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
     def say(step: str) -> None:
         steps.append(step)
         print(f"{label:20} {now() - start:6,.0f} s  {step}", file=out, flush=True)
-    apart = lab.device.type == "cuda" and not (IN_NOTEBOOK or lab.options.no_compile)
-    with (start_process() if apart else contextlib.nullcontext() as lab.pool,
-          libraries_to(lab.output / "log.txt")):
+    with libraries_to(lab.output / "log.txt"):
         try:
             if lab.reference is None:
                 say("scoring the reference")
@@ -1774,14 +1773,6 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
     with (create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch),
           show_progress("calibrating", range(layers * passes)) as bar):
         yield lines
-
-def start_process() -> ProcessPoolExecutor:
-    """Return a pool of one process, which dies with this one; it imports meanwhile."""
-    spawn = torch.multiprocessing.get_context("spawn")  # CUDA cannot be forked.
-    tie = torch.multiprocessing._prctl_pr_set_pdeathsig
-    pool = ProcessPoolExecutor(1, spawn, tie, [signal.SIGKILL])
-    pool.submit(exec, "import transformers.modeling_utils, torch._inductor.compile_fx")
-    return pool
 
 # %%
 def quote(text: str) -> str:

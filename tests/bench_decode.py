@@ -15,7 +15,6 @@ import itertools
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -143,13 +142,8 @@ def main() -> None:
     print(name, "torch", torch.__version__, flush=True)
     torch.cuda.empty_cache()
     for kind in args.kinds:
-        job = partial(bench, kind, args)
         try:
-            if device.type == "cuda":
-                with quant_lab.start_process() as pool:
-                    pool.submit(job).result()
-            else:
-                job()
+            bench(kind, args)
         except Exception as error:  # The other formats may fit.
             print(f"{kind:6} failed: {quant_lab.describe(error)}", flush=True)
 

@@ -359,19 +359,6 @@ def test_paths_stay_inside(quick, small, tmp_path, name, model):
     assert set(os.listdir(tmp_path)) <= {name, "work"}
 
 
-def test_the_process_of_a_variant_dies_with_its_parent(tmp_path):
-    """Or it would disturb the timings of the next run."""
-    (tmp_path / "main.py").write_text(
-        f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import quant_lab\n"
-        "def linger():\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
-        "if __name__ == '__main__':\n    quant_lab.start_process().submit(linger).result()\n")
-    with subprocess.Popen([sys.executable, str(tmp_path / "main.py")], text=True,
-                          stdout=subprocess.PIPE) as parent:
-        child = psutil.Process(int(parent.stdout.readline()))
-        parent.kill()
-        assert not psutil.wait_procs([child], timeout=5)[1]
-
-
 def test_the_table_of_faults_names_tests_that_exist():
     readme = (ROOT / "README.md").read_text("utf-8").partition("### When something")[2]
     sources = "".join(file.read_text("utf-8") for file in (ROOT / "tests").glob("test_*.py"))

@@ -1,15 +1,10 @@
 """Compare packed execution with compressed-tensors' own, and what the timings rest on."""
 
 import gc
-import json
-import os
-import sys
 import weakref
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from architectures import make
@@ -49,7 +44,7 @@ def models(labs):
             for tied, lab in labs.items() for label in ALL}
 
 
-COMPILE, TIME = torch.compile, quant_lab.time_variant
+COMPILE = torch.compile
 
 
 def trace(function, **options):
@@ -546,29 +541,15 @@ def test_where_decoding_fails_quality_stays(lab, monkeypatch):
     assert str(error) in " ".join(quant_lab.render_result(FORMATS[0], results).split())
 
 
-def time_on_cpu(label, output, prompt, options, device, compiled):
-    """Time a variant on the CPU, whatever the device."""
-    return TIME(label, output, prompt, options, torch.device("cpu"), compiled)
-
-
-def time_traced(*inputs):
-    """Time a variant on the CPU in a process of its own, where torch.compile only traces."""
-    torch.compile = trace
-    return time_on_cpu(*inputs) | dict(process=os.getpid())
-
-
-def die_if_compiled(*inputs):
-    """Time a variant on the CPU; end the process if it is to be compiled."""
-    return os._exit(9) if inputs[-1] else time_on_cpu(*inputs)
-
-
 @pytest.fixture
 def on_gpu(labs, monkeypatch):
     """Return a function that times a variant as on a GPU, which is the CPU."""
-    monkeypatch.setattr(quant_lab, "time_variant", time_on_cpu)
-    lab = vary(labs[True], device=torch.device("cuda", 0), pool=None)
-    return lambda label, pool=None, **changes: quant_lab.benchmark_speed(
-        label, vary(lab, pool=pool, options=replace(lab.options, **changes)),
+    place = quant_lab.place_model
+    monkeypatch.setattr(quant_lab, "place_model", lambda folder, options, device: place(
+        folder, options, torch.device("cpu")))
+    lab = vary(labs[True], device=torch.device("cuda", 0))
+    return lambda label, **changes: quant_lab.benchmark_speed(
+        label, vary(lab, options=replace(lab.options, **changes)),
         changes.get("execution") != "emulated", [])
 
 
@@ -585,79 +566,19 @@ def test_compiling_that_fails_is_measured_eagerly_and_said(on_gpu, monkeypatch):
             assert failed[0]() is None, "never two models at once"
         return real(model, prompts, options, compiled)
 
-    here = SimpleNamespace(submit=lambda measure: SimpleNamespace(result=measure),
-                           shutdown=lambda: None)
     monkeypatch.setattr(quant_lab, "compile_layers", fail)
     monkeypatch.setattr(quant_lab, "measure_speed", measure)
-    row = on_gpu("01_fp8_dynamic", here)
+    row = on_gpu("01_fp8_dynamic")
     assert row["compile_seconds"] is None and row["decode"][0]["tok_s"]["median"] > 0
     assert row["runs_as"].endswith(
         " · not compiled · compiled, it failed: RuntimeError: no such compiler")
     assert "registers" not in row["runs_as"] and len(failed) == 1
 
 
-def test_a_process_that_dies_compiling_is_measured_eagerly_and_said(on_gpu, monkeypatch):
-    monkeypatch.setattr(quant_lab, "time_variant", die_if_compiled)
-    with quant_lab.start_process() as pool:
-        row = on_gpu("01_fp8_dynamic", pool)
-    assert row["compile_seconds"] is None and row["decode"][0]["tok_s"]["median"] > 0
-    assert " · not compiled · compiled, it failed: BrokenProcessPool: " in row["runs_as"]
-
-
-def test_a_process_that_fails_is_gone_before_the_next_way(on_gpu, monkeypatch):
-    """Free what it holds on the GPU, or the model would not fit twice."""
-    monkeypatch.setattr(quant_lab, "time_variant", time_with_a_module_in_the_error)
-    pool = quant_lab.start_process()
-    process = psutil.Process(pool.submit(os.getpid).result())
-    monkeypatch.setattr(quant_lab, "measure_speed", lambda model, prompts, options, compiled: dict(
-        lives=process.is_running()))
-    assert on_gpu("01_fp8_dynamic", pool)["lives"] is False
-
-
-def time_with_a_module_in_the_error(*inputs):
-    """Fail as a compiler at times does: what cannot be pickled is in the exception."""
-    error = RuntimeError("no such compiler")
-    error.module = sys
-    measure = quant_lab.measure_speed
-
-    def fail(model, prompts, options, compiled):
-        if compiled:
-            raise error
-        return measure(model, prompts, options, compiled)
-
-    quant_lab.measure_speed = fail
-    return time_on_cpu(*inputs)
-
-
-def test_the_reason_of_another_process_is_told(on_gpu, monkeypatch):
-    monkeypatch.setattr(quant_lab, "time_variant", time_with_a_module_in_the_error)
-    monkeypatch.setattr(quant_lab, "measure_speed", quant_lab.measure_speed)
-    with quant_lab.start_process() as pool:
-        row = on_gpu("01_fp8_dynamic", pool)
-    assert row["decode"][0]["tok_s"]["median"] > 0 and row["runs_as"].endswith(
-        " · not compiled · compiled, it failed: RuntimeError: no such compiler")
-
-
-@pytest.fixture(scope="module")
-def process():
-    """Start a process that takes jobs; its last test ends it."""
-    with quant_lab.start_process() as pool:
-        yield pool
-
-
-def test_a_compiled_variant_is_measured_in_a_process_of_its_own(on_gpu, monkeypatch, process):
-    monkeypatch.setattr(quant_lab, "time_variant", time_traced)
-    row = on_gpu("01_fp8_dynamic", process)
-    assert row["process"] != os.getpid() and torch.compile is COMPILE
+def test_a_variant_that_can_be_compiled_is(on_gpu, quick_compiler):
+    row = on_gpu("01_fp8_dynamic")
     assert row["runs_as"].endswith(" · compiled") and row["compile_seconds"] > 0
     assert [entry["tok_s"]["median"] > 0 for entry in row["decode"]] == [True, True]
-
-
-def test_a_notebook_has_one_process_and_says_so(on_gpu, monkeypatch, quick_compiler):
-    monkeypatch.setattr(quant_lab, "IN_NOTEBOOK", True)  # Its functions cannot be sent.
-    row = on_gpu(quant_lab.BASELINE)
-    assert row["runs_as"] == "fp16 · compiled, in a process with the others"
-    assert row["compile_seconds"] > 0
 
 
 @pytest.mark.parametrize("changes", [dict(no_compile=True), dict(execution="emulated")])
@@ -671,30 +592,17 @@ def test_prompts_are_the_evaluation_text(labs, monkeypatch):
 
     A shorter text is repeated; there is room for the new tokens.
     """
-    monkeypatch.setattr(quant_lab, "time_variant", lambda label, output, prompts, *_: dict(
-        prompts=prompts, runs_as="fp16"))
+    monkeypatch.setattr(quant_lab, "measure_speed", lambda model, prompts, *_: dict(
+        prompts=prompts))
     lab = vary(labs[True], context=2048, unscored=2)
     for windows, context, wanted in ((7, 2048, 512), (3, 2048, 512), (7, 100, 96)):
         ids = torch.arange(windows * 102).view(windows, 102)
         found = quant_lab.benchmark_speed(
-            "label", vary(lab, windows=ids, context=context), True, [])["prompts"]
+            quant_lab.BASELINE, vary(lab, windows=ids, context=context), True, [])["prompts"]
         text = [token for token in range(windows * 102) if token % 102 >= 2]
         assert found.tolist() == [
             [text[(wanted * number + place) % len(text)] for place in range(wanted)]
             for number in range(2)]
-
-
-def where() -> dict:
-    """Return the number of this process."""
-    return dict(process=os.getpid())
-
-
-def test_apart_is_another_process_and_its_death_is_told(process):
-    assert process.submit(where).result()["process"] != os.getpid()
-    with pytest.raises(ValueError, match="Expecting"):
-        process.submit(json.loads, "{").result()
-    with pytest.raises(BrokenProcessPool):
-        process.submit(os._exit, 9).result()
 
 
 def test_emulated_is_the_ecosystems_path(lab, tmp_path):
@@ -870,6 +778,23 @@ def test_graphs_on_a_gpu_say_what_eager_decoding_does(models, label):
     assert weights == pytest.approx(weight_bytes(models[label, True]), rel=0.02)
     assert torch.cuda.max_memory_allocated() > weights
     assert decoder.step.__self__.__class__ is torch.cuda.CUDAGraph
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_graphs_are_recorded_for_nothing_before_the_first_that_is_timed(
+        models, monkeypatch, quick_compiler):
+    """Of a process, the first three graphs replay faster than all do after a fourth."""
+    real, recorded, counts = quant_lab.record, [], []
+    monkeypatch.setattr(quant_lab, "record", lambda work: recorded.append(1) or real(work))
+    quant_lab.record_many.cache_clear()
+    model = load_plain(models[quant_lab.BASELINE, True]).to("cuda")
+    quant_lab.pack_model(model, torch.cuda.get_device_capability())
+    quant_lab.compile_layers(model)
+    for _ in range(2):
+        quant_lab.Decoder(model, torch.arange(5, 45, device="cuda")[None], 9)
+        counts.append(len(recorded))
+    assert counts == [18, 20]  # Of each decoder two: the prefill's and a step's.
 
 
 def test_the_bench_of_random_models_runs(monkeypatch, capsys):
