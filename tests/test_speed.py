@@ -781,6 +781,19 @@ def test_graphs_on_a_gpu_say_what_eager_decoding_does(models, label):
 
 
 @pytest.mark.gpu
+def test_timing_leaves_nothing_on_a_gpu(labs):
+    """Time each format twice: the second round must not hold more than the first."""
+    lab, held = vary(labs[True], device=torch.device("cuda", 0)), []
+    for _ in range(2):
+        for label in ALL:
+            row = quant_lab.benchmark_speed(label, lab, True, [])
+            assert row["runs_as"].endswith(" · compiled"), row["runs_as"]
+        quant_lab.free_memory()
+        held.append(torch.cuda.memory_allocated())
+    assert held[1] - held[0] < 2**16
+
+
+@pytest.mark.gpu
 @torch.no_grad()
 def test_graphs_are_recorded_for_nothing_before_the_first_that_is_timed(
         models, monkeypatch, quick_compiler):
