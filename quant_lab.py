@@ -1150,13 +1150,17 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
             if (is_int8 or not known) and get_non_linearized_moes(model):
                 what = "int8 experts" if known else "experts of this model"
                 raise ValueError(f"transformers would not load quantized {what} again")
-            if not weights or weights.strategy != "group" or weights.group_size != 128:
+            blocks = weights and weights.block_structure  # Outputs, inputs.
+            if not blocks and (not weights or weights.group_size != 128):
                 continue
             targets = match_named_modules(model, scheme.targets, modifier.ignore)
             widths = sorted({linear.in_features for _, linear in targets})
-            fits = [n for n in sizes if not any(width % n for width in widths)]
+            wanted = blocks[1:] if blocks else sizes
+            fits = [n for n in wanted if not any(width % n for width in widths)]
             if not fits:
-                raise ValueError(f"no group of {sizes} divides {widths}: take FP8")
+                raise ValueError(f"no group of {wanted} divides {widths}: take FP8")
+            if blocks:
+                continue
             row["group_size"] = weights.group_size = fits[0]
             modifier.config_groups, modifier.scheme = groups, None
             if odd := [width for width in widths if width % 128]:

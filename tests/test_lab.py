@@ -597,11 +597,13 @@ def test_the_largest_group_that_divides_all_widths(
 
 
 @pytest.mark.parametrize("hidden, words, sizes", [
-    (96, ["--group-size", 128], "128"), (40, [], "128, 64, 32")])
-def test_groups_that_do_not_divide_a_width_fail_with_it(
-        texts, tmp_path, quick_collection, hidden, words, sizes):
+    (96, ["gptq", "--group-size", 128], "128"), (40, ["gptq"], "128, 64, 32"),
+    (96, ["fp8_block"], "128")])
+def test_groups_that_do_not_divide_a_width_fail_with_it_before_calibration(
+        texts, tmp_path, quick_collection, monkeypatch, hidden, words, sizes):
+    refuse_to_calibrate(monkeypatch)  # Of the baseline there is nothing to calibrate.
     model = make_small(tmp_path / "model", hidden=hidden)
-    build = run_words(tmp_path / "out", model, texts, "--variants", "gptq", *words)
+    build = run_words(tmp_path / "out", model, texts, "--variants", *words)
     base, row = build.rows.values()
     assert (base["status"], row["status"]) == ("ok", "failed")
     for part in sizes, str(hidden), "FP8":
