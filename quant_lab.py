@@ -670,8 +670,8 @@ It is what is left on a CPU, and where layers do not compile (sliding windows, s
 caps, some experts). Compare it with its like; `runs_as` tells.
 
 The first three graphs of a process replay up to 15 % faster than all of them do once a
-fourth is recorded (on an H200, whatever they hold). Servers record dozens: so does this
-process, before it times anything, and all variants meet the same state."""
+fourth is recorded (seen on an H200). Servers record dozens: so does this process before
+the first that it times, and all variants meet the same state."""
 
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
@@ -706,8 +706,8 @@ class Generator:
 # %%
 def record(work):
     """Return a function that replays the work, recorded as a CUDA graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    with torch.cuda.stream(stream), torch.cuda.graph(graph):  # Back, if it fails.
         work()
     return graph.replay
 
@@ -815,8 +815,9 @@ options, model files, texts, rendered prompts, versions, machine and number of t
 a run that differs is refused and told by what. Where only a recipe changed, its row is
 measured again when asked for; other changes of the script go unnoticed: `--fresh`.
 
-Where compiling fails, a variant is timed uncompiled: `runs_as` says so. **compile s**:
-with warm-up and recording, for all batch sizes."""
+Where compiling fails, a variant is timed uncompiled: `runs_as` says so. A compiler that
+crashes ends the run: take `--no-compile` and another `--output-dir`. **compile s**: with
+warm-up and recording, for all batch sizes."""
 
 # %%
 ROW = dict.fromkeys("""
@@ -909,7 +910,6 @@ def benchmark_speed(label, lab: SimpleNamespace, packs: bool, unpacked: list) ->
             traceback.print_exc()  # Goes to the log.
             reasons.append(f"{how}, it failed: {quote(describe(error))}")
         model = None  # To be freed.
-        free_memory()
     said = [*unpacked, f"speed was not measured: {'; '.join(reasons)}"]
     return dict(runs_as=" · ".join(said))
 
@@ -923,13 +923,14 @@ def run_variant(label: str, lab: SimpleNamespace) -> None:
 
 # %%
 def measure_row(label: str, lab: SimpleNamespace) -> dict:
-    folder, start = lab.output / f"checkpoints/{label}", now()
+    folder, start = lab.output / f"checkpoints/{label}", time.perf_counter()
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
                      fingerprint=lab.marks[label])
     out, steps = sys.stdout, []  # Below, sys.stdout is the log.
     def say(step: str) -> None:
         steps.append(step)
-        print(f"{label:20} {now() - start:6,.0f} s  {step}", file=out, flush=True)
+        seconds = time.perf_counter() - start
+        print(f"{label:20} {seconds:6,.0f} s  {step}", file=out, flush=True)
     with libraries_to(lab.output / "log.txt"):
         try:
             if lab.reference is None:
@@ -1697,7 +1698,7 @@ def one_line(text: str) -> str:
 
 def describe(error: BaseException) -> str:
     """Return the root cause of an exception, on one line of at most 200 characters."""
-    while error.__cause__ and type(error.__cause__).__name__ != "_RemoteTraceback":
+    while error.__cause__:
         error = error.__cause__
     says_it = isinstance(error, (ValueError, OSError, ArithmeticError)) and str(error)
     text = str(error) if says_it else f"{type(error).__name__}: {error}"

@@ -64,7 +64,8 @@ def random_model(shape: str, kind: str, device):
 def tune(kind: str, model, prompts, seconds: float) -> None:
     """Print the fastest shapes of row_kernel, the nearest to the present tried first."""
     quant_lab.compile_layers(model)
-    tiles = list(quant_lab.TILES[kind])
+    chosen = quant_lab.TILES[kind]
+    tiles = list(chosen)
 
     def milliseconds() -> float:
         quant_lab.TILES[kind] = tuple(tiles)
@@ -89,6 +90,7 @@ def tune(kind: str, model, prompts, seconds: float) -> None:
         print(f"{inputs}: {before} was chosen; of {len(found)} tried", ", ".join(
             f"{shape} {ms:.4f}" for ms, shape in sorted(found)[:6]), flush=True)
     print(f"with the best of each {milliseconds():.4f} ms")
+    quant_lab.TILES[kind] = chosen
 
 
 def bench(kind: str, args: argparse.Namespace) -> None:
@@ -142,6 +144,7 @@ def main() -> None:
     print(name, "torch", torch.__version__, flush=True)
     torch.cuda.empty_cache()
     for kind in args.kinds:
+        quant_lab.free_memory()
         try:
             bench(kind, args)
         except Exception as error:  # The other formats may fit.

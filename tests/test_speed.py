@@ -780,17 +780,62 @@ def test_graphs_on_a_gpu_say_what_eager_decoding_does(models, label):
     assert decoder.step.__self__.__class__ is torch.cuda.CUDAGraph
 
 
-@pytest.mark.gpu
-def test_timing_leaves_nothing_on_a_gpu(labs):
-    """Time each format twice: the second round must not hold more than the first."""
-    lab, held = vary(labs[True], device=torch.device("cuda", 0)), []
-    for _ in range(2):
-        for label in ALL:
-            row = quant_lab.benchmark_speed(label, lab, True, [])
-            assert row["runs_as"].endswith(" · compiled"), row["runs_as"]
+def note_models(patch):
+    """Return a list that gets a weak reference to each model that is placed."""
+    place, made = quant_lab.place_model, []
+
+    def note(*inputs):
+        model = place(*inputs)
+        made.append(weakref.ref(model))
+        return model
+
+    patch.setattr(quant_lab, "place_model", note)
+    return made
+
+
+def test_timing_leaves_no_model_in_memory(on_gpu, monkeypatch, quick_compiler):
+    """Or it would take memory while the next variant is quantized."""
+    made = note_models(monkeypatch)
+    for label in ALL:
+        assert on_gpu(label)["runs_as"].endswith(" · compiled")
         quant_lab.free_memory()
+        assert made[-1]() is None
+    assert len(made) == len(ALL)
+
+
+@pytest.mark.gpu
+def test_timing_leaves_nothing_on_a_gpu(labs, monkeypatch):
+    lab, made, held = vary(labs[True], device=torch.device("cuda", 0)), note_models(
+        monkeypatch), []
+    for label in ALL + ALL:
+        row = quant_lab.benchmark_speed(label, lab, True, [])
+        assert row["runs_as"].endswith(" · compiled"), row["runs_as"]
+        quant_lab.free_memory()
+        assert made[-1]() is None
         held.append(torch.cuda.memory_allocated())
-    assert held[1] - held[0] < 2**16
+    assert held[-1] - held[len(ALL) - 1] < 2**16  # Of libraries, once each.
+
+
+def test_an_error_that_stays_costs_neither_quality_nor_the_run(lab, monkeypatch):
+    """Fail as CUDA does after an illegal access: every call from then on."""
+    broken = []
+
+    def fail(*_, **__):
+        broken.append(1)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def wait():
+        if broken:
+            fail()
+        return 0.0
+
+    monkeypatch.setattr(quant_lab, "measure_speed", fail)
+    monkeypatch.setattr(torch.cuda, "empty_cache", wait)
+    monkeypatch.setattr(quant_lab, "now", wait)
+    first, second = run_all(lab("--variants", FORMATS[0]))["variants"]
+    assert first["status"] == "ok" and first["perplexity"] > 1 and not first["decode"]
+    assert "illegal memory access" in first["runs_as"]
+    assert second["status"] == "failed" and "illegal memory access" in second["error"]
 
 
 @pytest.mark.gpu
@@ -798,16 +843,17 @@ def test_timing_leaves_nothing_on_a_gpu(labs):
 def test_graphs_are_recorded_for_nothing_before_the_first_that_is_timed(
         models, monkeypatch, quick_compiler):
     """Of a process, the first three graphs replay faster than all do after a fourth."""
-    real, recorded, counts = quant_lab.record, [], []
-    monkeypatch.setattr(quant_lab, "record", lambda work: recorded.append(1) or real(work))
+    real, recorded = quant_lab.record, []
+    monkeypatch.setattr(quant_lab, "record", lambda work: recorded.append(
+        getattr(work, "__func__", None)) or real(work))
     quant_lab.record_many.cache_clear()
     model = load_plain(models[quant_lab.BASELINE, True]).to("cuda")
     quant_lab.pack_model(model, torch.cuda.get_device_capability())
     quant_lab.compile_layers(model)
-    for _ in range(2):
+    for count in 18, 20:
         quant_lab.Decoder(model, torch.arange(5, 45, device="cuda")[None], 9)
-        counts.append(len(recorded))
-    assert counts == [18, 20]  # Of each decoder two: the prefill's and a step's.
+        assert len(recorded) == count  # Of each decoder two: a step's and the prefill's.
+    assert recorded.index(quant_lab.Decoder.step) == 16
 
 
 def test_the_bench_of_random_models_runs(monkeypatch, capsys):
