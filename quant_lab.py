@@ -816,8 +816,8 @@ a run that differs is refused and told by what. Where only a recipe changed, its
 measured again when asked for; other changes of the script go unnoticed: `--fresh`.
 
 Where compiling fails, a variant is timed uncompiled: `runs_as` says so. A compiler that
-crashes ends the run: take `--no-compile` and another `--output-dir`. **compile s**: with
-warm-up and recording, for all batch sizes."""
+crashes ends the run: take `--no-compile` and another `--output-dir`. **compile s**:
+with warm-up and recording, for all batch sizes."""
 
 # %%
 ROW = dict.fromkeys("""
