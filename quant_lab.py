@@ -1177,8 +1177,7 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
     choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
     def prove(modifiers, **named):
         if smoother not in modifiers:  # It is done, and quantizing comes next.
-            before, after = reading.logs, Reading(model, ids).logs
-            kld = (before.exp() * (before - after)).sum(-1).mean().item()
+            kld = compare(reading.logits, Reading(model, ids).logits)[0].mean().item()
             pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
             pairs = smoother._resolved_mappings if pairs is None else pairs
             row["smoothing"] = dict(pairs=len(pairs), kld=max(kld, 0.0))
@@ -1201,8 +1200,7 @@ class Reading(torch.overrides.TorchFunctionMode):
         self.outputs, self.readers = {}, {}  # By id; readers: ids of Linears' weights.
         hook = torch.nn.modules.module.register_module_forward_hook(self.note_output)
         with torch.no_grad(), DisableQuantization(model), self, hook:
-            logits = model(input_ids=ids, use_cache=False).logits
-        self.logs = logits.double().log_softmax(-1).cpu()  # Of probabilities.
+            self.logits = model(input_ids=ids, use_cache=False).logits.cpu()
 
     def note_output(self, module, inputs, output) -> None:
         if getattr(module, "weight", None) is not None and module.weight.dim() == 1:
