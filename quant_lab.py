@@ -24,7 +24,6 @@ Machinery, to be skipped at first reading, follows the story; the runs come last
 
 # %%
 import contextlib
-import gc
 import gzip
 import hashlib
 import importlib.metadata
@@ -941,7 +940,6 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             row |= measure_quality(model, lab)
             row["weights_memory_bytes"] = held_bytes(model)
             packs, unpacked, model = model.packs, model.unpacked, None  # To be freed.
-            free_memory()
             say("timing")
             row |= benchmark_speed(label, lab, packs, unpacked) | dict(status="ok")
         except Exception as error:
@@ -1260,9 +1258,10 @@ first to be called computes for all, the others cut their slice of it."""
 # %%
 def place_model(folder: Path, options: Options, device: torch.device):
     """Return a causal LM on the device; `unpacked` lists what of it is not packed."""
+    from accelerate.utils import release_memory
     from transformers import AutoModelForCausalLM
     from transformers.integrations import sdpa_attention
-    free_memory()
+    release_memory()  # Of models in reference cycles.
     sm = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
     if (0, 0) < sm < (8, 0):  # Its fast kernel takes no shared heads: they are copied.
         sdpa_attention.use_gqa_in_sdpa = lambda *_: False
@@ -1726,10 +1725,6 @@ def hash_files(folder: Path) -> dict[str, str]:
             for file in (folder, *folder.glob("*")) if file.is_file()}
 
 # %%
-def free_memory() -> None:
-    gc.collect()  # The previous model is in reference cycles.
-    torch.cuda.empty_cache()
-
 def lacks_memory(error: BaseException):
     refusal = "MemoryError|out of memory|t allocate memory|bad_alloc|ALLOC_FAILED"
     return re.search(refusal, f"{error!r} {error.__cause__!r}", re.I)

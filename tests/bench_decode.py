@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import release_memory
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path[:0] = map(str, (Path(__file__).resolve().parents[1], Path(__file__).parent))
@@ -144,7 +145,7 @@ def main() -> None:
     print(name, "torch", torch.__version__, flush=True)
     torch.cuda.empty_cache()
     for kind in args.kinds:
-        quant_lab.free_memory()
+        release_memory()
         try:
             bench(kind, args)
         except Exception as error:  # The other formats may fit.

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate.utils import release_memory
 from conftest import (
     LABELS, ROOT, SCRIPT, SHARED, make_small, quick_words, read_strict, run_all, run_process,
     start_beside)
@@ -194,7 +195,7 @@ def test_no_variant_leaves_anything_in_memory(lab):
     build, held = lab(), []
     for label in LABELS:
         quant_lab.run_variant(label, build)
-        quant_lab.free_memory()
+        release_memory()
         tensors = {x.data_ptr(): x.untyped_storage().nbytes() for x in gc.get_objects()
                    if type(x) in (torch.Tensor, torch.nn.Parameter)}  # Traced ones hold none.
         held.append((sum(tensors.values()), psutil.Process().memory_info().rss))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import release_memory
 from architectures import make
 from conftest import load_by_path, load_emulated, make_small, run_all, vary
 from transformers import AutoModelForCausalLM
@@ -798,7 +799,7 @@ def test_timing_leaves_no_model_in_memory(on_gpu, monkeypatch, quick_compiler):
     made = note_models(monkeypatch)
     for label in ALL:
         assert on_gpu(label)["runs_as"].endswith(" · compiled")
-        quant_lab.free_memory()
+        release_memory()
         assert made[-1]() is None
     assert len(made) == len(ALL)
 
@@ -810,7 +811,7 @@ def test_timing_leaves_nothing_on_a_gpu(labs, monkeypatch):
     for label in ALL + ALL:
         row = quant_lab.benchmark_speed(label, lab, True, [])
         assert row["runs_as"].endswith(" · compiled"), row["runs_as"]
-        quant_lab.free_memory()
+        release_memory()
         assert made[-1]() is None
         held.append(torch.cuda.memory_allocated())
     assert held[-1] - held[len(ALL) - 1] < 2**16  # Of libraries, once each.
