@@ -48,7 +48,7 @@ from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache, partial
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -550,14 +550,14 @@ def generate(model, ids: Tensor, mask: Tensor, new_tokens: int, ends, visit):
     """Continue ids [batch, n], greedy; `visit` gets the prompts, then each token."""
     from transformers import GenerationConfig
     # Or the model's own settings may ask for sampling, or a repetition penalty.
-    model.generation_config = GenerationConfig(eos_token_id=ends)
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
     return model.generate(
         input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens,
         streamer=SimpleNamespace(put=visit, end=lambda: None),
         return_dict_in_generate=True)
 
 def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
-    """Return completions of lab.prompts, ids [1, n] each; what ends one fills it up."""
+    """Return completions of lab.prompts, ids [1, n] each, up to what ends them."""
     ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
     prompts = [ids[0] for ids in lab.prompts]
     ids, mask = (pad_sequence(some, batch_first=True, padding_side="left")
@@ -565,7 +565,11 @@ def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
     with show_progress("completing", range(1 + lab.options.new_tokens)) as bar:
         output = generate(model, ids.to(model.device), mask.to(model.device),
                           lab.options.new_tokens, ends, lambda _: bar.update())
-    return output.sequences[:, ids.shape[1]:].tolist()
+    completions = []
+    for made in output.sequences[:, ids.shape[1]:].tolist():
+        is_end = [token in tree_leaves(ends) for token in made]  # Padding follows.
+        completions.append(made[: 1 + is_end.index(True)] if any(is_end) else made)
+    return completions
 
 @torch.no_grad()
 def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
@@ -618,7 +622,7 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     losses, kld, agrees = torch.cat(parts, dim=1).view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
     for prompt, made, wanted in zip(PROMPTS, mine, reference.completions):
-        differs = [a != b for a, b in zip(made, wanted)]  # Both end in the shorter.
+        differs = [a != b for a, b in zip_longest(made, wanted)]
         same = differs.index(True) if any(differs) else lab.options.new_tokens
         text = lab.tokenizer.decode(made, skip_special_tokens=True)
         completions.append(dict(prompt=prompt, completion=text, same_tokens=same))

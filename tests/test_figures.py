@@ -260,25 +260,19 @@ def test_completions_are_plain_greedy_whatever_the_model_prefers(small):
     assert model.generation_config.do_sample and model.generation_config.temperature < 1
     assert model.generation_config.repetition_penalty > 1
     found = quant_lab.complete_prompts(model, lab)
-    for made, prompt in zip(found, quant_lab.PROMPTS, strict=True):
-        wanted = greedy(model, lab.tokenizer, prompt, 12)
-        assert made == wanted + [lab.tokenizer.eos_token_id] * (len(made) - len(wanted))
-    assert len(set(map(tuple, found))) > 1 and {len(made) for made in found} == {12}
+    assert found == [greedy(model, lab.tokenizer, p, 12) for p in quant_lab.PROMPTS]
+    assert len(set(map(tuple, found))) > 1 and max(map(len, found)) == 12
 
 
 def test_a_completion_ends_where_the_model_says(small):
-    """Take the third token that comes as the end, and a list of ends as Qwen has it.
-
-    What is left of the batch's length is filled with the first of the ends.
-    """
+    """Take the third token that comes as the end, and a list of ends as Qwen has it."""
     lab = place_lab(small, torch.arange(64), window=64, new_tokens=12)
     model = load_emulated(small, "float32")
     end = greedy(model, lab.tokenizer, quant_lab.PROMPTS[0], 3)[2]
     for ends in (end, [lab.tokenizer.eos_token_id, end]):
         model.generation_config.eos_token_id = ends
         found = quant_lab.complete_prompts(model, lab)[0]
-        place = found.index(end)
-        assert place <= 2 and set(found[place + 1 :]) <= {ends if ends == end else ends[0]}
+        assert found[-1] == end and len(found) <= 3 and end not in found[:-1]
 
 
 def test_first_difference_is_that_of_plain_greedy_completions(pair):
@@ -299,14 +293,10 @@ def test_first_difference_is_that_of_plain_greedy_completions(pair):
 
 
 @pytest.mark.parametrize("mine, theirs, same", [
-    ([1, 2, 3], [1, 2, 3], 9), ([1, 2, 0, 0], [1, 2, 3, 0], 2),
-    ([1, 2, 3, 0], [1, 2, 0, 0], 2), ([4, 0], [1, 0], 0), ([1, 4, 3], [1, 2, 3], 1),
-    ([1, 0, 0], [1, 0], 9), ([1, 2, 0], [1, 0], 1)])
+    ([1, 2, 3], [1, 2, 3], 9), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 2], 2),
+    ([4], [1], 0), ([1, 4, 3], [1, 2, 3], 1)])
 def test_a_completion_that_ends_sooner_differs_there(monkeypatch, mine, theirs, same):
-    """Count all new tokens for completions that are the same to their common end.
-
-    0 ends a completion and fills it up, to the length of the longest of its batch.
-    """
+    """Count all new tokens for completions that are the same to their common end."""
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids))
     model, windows = Constant(torch.zeros(9)), torch.zeros(2, 4, dtype=torch.long)
     lab = SimpleNamespace(options=quant_lab.Options(new_tokens=9), device=None, unscored=1,
