@@ -1149,16 +1149,19 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
             if (is_int8 or not known) and get_non_linearized_moes(model):
                 what = "int8 experts" if known else "experts of this model"
                 raise ValueError(f"transformers would not load quantized {what} again")
-            blocks = weights and weights.block_structure  # Outputs, inputs.
-            if not blocks and (not weights or weights.group_size != 128):
+            strategy = weights and weights.strategy
+            if strategy == "block":
+                wanted = weights.block_structure[1:]  # Of outputs and inputs.
+            elif strategy == "group" and weights.group_size == 128:
+                wanted = sizes
+            else:
                 continue
             targets = match_named_modules(model, scheme.targets, modifier.ignore)
             widths = sorted({linear.in_features for _, linear in targets})
-            wanted = blocks[1:] if blocks else sizes
             fits = [n for n in wanted if not any(width % n for width in widths)]
             if not fits:
                 raise ValueError(f"no group of {wanted} divides {widths}: take FP8")
-            if blocks:
+            if strategy == "block":
                 continue
             row["group_size"] = weights.group_size = fits[0]
             modifier.config_groups, modifier.scheme = groups, None
