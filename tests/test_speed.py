@@ -806,8 +806,8 @@ def test_timing_leaves_no_model_in_memory(on_gpu, monkeypatch, quick_compiler):
 
 @pytest.mark.gpu
 def test_timing_leaves_nothing_on_a_gpu(labs, monkeypatch):
-    lab, made, held = vary(labs[True], device=torch.device("cuda", 0)), note_models(
-        monkeypatch), []
+    lab = vary(labs[True], device=torch.device("cuda", 0))
+    made, held = note_models(monkeypatch), []
     for label in ALL + ALL:
         row = quant_lab.benchmark_speed(label, lab, True, [])
         assert row["runs_as"].endswith(" · compiled"), row["runs_as"]
