@@ -1670,7 +1670,10 @@ def compile_layers(model) -> None:
     eager = type(layers[0]).forward
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 99  # Shapes and kinds of layers.
-    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    # Small kernels that do not wait for each other (say, rotating queries and keys) are
+    # launched as one, as servers do.
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False, options=dict(
+        combo_kernels=next(model.parameters()).is_cuda))
     def run(layer, number, x, *inputs, past_key_values, **named):
         layer_cache = past_key_values[number]
         forward = compiled if layer_cache.is_initialized else eager
