@@ -16,20 +16,21 @@ import quant_lab  # noqa: E402
 def render_readme(text: str) -> str:
     """Return the text with what stands between its markers rendered anew.
 
-    <!-- tables FOLDER --> ... <!-- end --> holds the tables, <!-- picture FOLDER --> the
-    picture of that folder of results/.
+    <!-- tables FOLDER --> ... <!-- end --> holds the tables, <!-- speed FOLDER --> those but
+    quality, <!-- picture FOLDER --> the picture of that folder of results/.
     """
     def fill(found: re.Match) -> str:
         what, name = found[1], found[2]
         results = json.loads((ROOT / "results" / name / "results.json").read_text("utf-8"))
-        if what == "tables":
-            block = quant_lab.render_tables(results, results["variants"])
-        else:
+        block = quant_lab.render_tables(results, results["variants"])
+        if what == "speed":
+            block = block.split("\n\n", 2)[2]
+        elif what == "picture":
             block = (f"![{'; '.join(quant_lab.list_best(results['variants']))}]"
                      f"(results/{name}/summary.png)")
         return f"<!-- {what} {name} -->\n\n{block}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- (tables|picture) (\S+) -->.*?<!-- end -->", fill, text, flags=re.S)
+    return re.sub(r"<!-- (tables|speed|picture) (\S+) -->.*?<!-- end -->", fill, text, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -828,7 +828,7 @@ def test_fallbacks_to_rounding_are_counted(lab):
 # Committed results: tests/test_report.py compares what is rendered from them.
 
 
-@pytest.mark.parametrize("name", ["demo-cpu", "h100-0.5b"])
+@pytest.mark.parametrize("name", ["demo-cpu", "h100-0.5b", "h100-7b"])
 def test_committed_intervals_follow_from_the_committed_losses(name):
     rows = read_rows(ROOT / "results" / name)
     base = rows[0]["window_losses"]

@@ -12,7 +12,7 @@ from conftest import ROOT, SCRIPT, load_by_path, start_beside
 
 import quant_lab
 
-COMMITTED = ["demo-cpu", "h100-0.5b"]
+COMMITTED = ["demo-cpu", "h100-0.5b", "h100-7b"]
 BASE, FP8, INT4, INT8 = ("00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16",
                          "03_smoothquant_w8a8")
 CONTROL = "rtn_w4a16"
@@ -104,9 +104,8 @@ def numbers(cell):
 @pytest.mark.parametrize("name", COMMITTED)
 def test_committed_renderings_are_those_of_the_results(name):
     folder, results = ROOT / "results" / name, read(name)
-    if name == "demo-cpu":
-        assert results["schema"] == quant_lab.SCHEMA
-    else:  # A GPU is not always at hand: it says of which commit the figures are.
+    assert results["schema"] == quant_lab.SCHEMA
+    if name != "demo-cpu":  # A GPU is not always at hand: of which commit are they?
         assert re.search("at commit [0-9a-f]{7}", (folder / "README.md").read_text("utf-8"))
     assert (folder / "summary.md").read_text("utf-8") == quant_lab.render_summary(results)
     for row in results["variants"]:
@@ -121,7 +120,7 @@ def test_readme_shows_the_committed_results():
     text = (ROOT / "README.md").read_text("utf-8")
     assert load_by_path("render_readme").render_readme(text) == text
     for name in COMMITTED:
-        assert f"<!-- tables {name} -->" in text
+        assert re.search(f"<!-- (tables|speed) {name} -->", text)
     assert "<!-- picture demo-cpu -->" in text and "results/demo-cpu/summary.png" in text
 
 
