@@ -1670,8 +1670,7 @@ def compile_layers(model) -> None:
     eager = type(layers[0]).forward
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 99  # Shapes and kinds of layers.
-    # Small kernels that do not wait for each other (say, rotating queries and keys) are
-    # launched as one, as servers do.
+    # Small kernels that do not wait for each other are launched as one, as by servers.
     compiled = torch.compile(eager, fullgraph=True, dynamic=False, options=dict(
         combo_kernels=next(model.parameters()).is_cuda))
     def run(layer, number, x, *inputs, past_key_values, **named):
@@ -1801,6 +1800,10 @@ def render_card(results: dict) -> str:
         versions=", ".join(f"{name} {x}" for name, x in versions.items() if x),
         machine=f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB, "
                 f"{machine['threads']} threads")
+    sm = float(machine["compute_capability"] or 99)
+    if lacks := ["bfloat16"] * (sm < 8) + ["FP8"] * (sm < 8.9):
+        facts["lacks"] = (f"units for {' and '.join(lacks)}: FP8 runs in others, its "
+                          "speed says nothing of a card that has them (L4, H100)")
     return "\n".join(fill(one_line(x), f"    {name:10}") for name, x in facts.items())
 
 def render_completions(rows: list[dict], number: int) -> str:

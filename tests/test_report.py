@@ -153,6 +153,16 @@ def test_the_card_names_what_is_run_on_what(results):
     assert (f"driver {machine['driver']}" in flat) == (machine["device"] == "cuda")
 
 
+@pytest.mark.parametrize("capability, lacks", [
+    ("7.5", "units for bfloat16 and FP8: FP8"), ("8.0", "units for FP8: FP8"), ("8.9", None),
+    ("9.0", None), ("10.0", None), ("12.1", None), (None, None)])
+def test_the_card_says_which_units_a_gpu_lacks(results, capability, lacks):
+    results["machine"]["compute_capability"] = capability
+    card = " ".join(quant_lab.render_card(results).split())
+    assert ("lacks" in card) == bool(lacks) and (lacks or "") in card
+    assert ("says nothing of a card that has them" in card) == bool(lacks)
+
+
 def test_the_command_on_the_card_gives_the_same_options(results):
     options = quant_lab.parse_options(results["command"][2:])
     assert json.loads(json.dumps(vars(options))) == results["config"]
