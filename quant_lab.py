@@ -687,11 +687,6 @@ def now() -> float:
 def summarize(x: list[float]) -> dict:
     return dict(median=statistics.median(x), min=min(x), max=max(x), samples=x)
 
-def held_bytes(model) -> int:
-    """Return bytes of the weights in memory, of what several share once."""
-    storages = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
-    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
-
 class Generator:
     """Continue prompts, ids [batch, n], as plain transformers does."""
     def __init__(self, model, prompts: Tensor, new_tokens: int):
@@ -775,7 +770,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
     steps, first, decode, preparing = options.new_tokens - 1, None, [], 0.0
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = embedding.weight.data_ptr() == head.weight.data_ptr()
-    weights = held_bytes(model) - (0 if tied else embedding.weight.nbytes)
+    weights = model.get_memory_footprint() - (0 if tied else embedding.weight.nbytes)
     if compiled:
         compile_layers(model)
     elif prompts.is_cuda:
@@ -945,7 +940,7 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             model = place_model(folder, lab.options, lab.device)
             row["load_seconds"] = now() - begin
             row |= measure_quality(model, lab)
-            row["weights_memory_bytes"] = held_bytes(model)
+            row["weights_memory_bytes"] = model.get_memory_footprint()
             packs, unpacked, model = model.packs, model.unpacked, None  # To be freed.
             say("timing")
             row |= benchmark_speed(label, lab, packs, unpacked) | dict(status="ok")
@@ -1343,7 +1338,8 @@ class PackedLinear(torch.nn.Module):
         super().__init__()
         self.kind, self.sm, self.native = kind, sm, sm == (0, 0) or sm >= (8, 9)
         for name, x in dict(weight=weight, scale=scale, bias=bias).items():
-            setattr(self, name, x if x is None else torch.nn.Parameter(x.data, False))
+            is_new = x is not None and not isinstance(x, torch.nn.Parameter)
+            setattr(self, name, torch.nn.Parameter(x, False) if is_new else x)
         self.fits = triton and any(sm) and weight.shape[1] % 16 == 0 and (
             kind != "int4" or scale.dtype.itemsize == 2)
 

@@ -106,7 +106,7 @@ def bench(kind: str, args: argparse.Namespace) -> None:
             return tune(kind, model, prompts, args.tune)
     speed = quant_lab.measure_speed(model, prompts, options, cuda)
     copy = speed["copy_bandwidth"]
-    print(f"{kind:6} {quant_lab.held_bytes(model) / 1e6:8,.0f} MB  "
+    print(f"{kind:6} {model.get_memory_footprint() / 1e6:8,.0f} MB  "
           f"TTFT {1000 * speed['ttft_s']['median']:7.2f} ms", *(
               f" batch {d['batch']}: {d['itl_ms']['median']:.3f} ms, "
               f"{100 * d['bandwidth_fraction']:.0f} % of {copy / 1e12:.2f} TB/s"

@@ -223,7 +223,7 @@ def test_what_reads_the_same_is_one_product(models, label):
     assert isinstance(layer.mlp.down_proj, quant_lab.PackedLinear)
     slices = [getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")]
     assert [(part.begin, part.end) for part in slices] == [(0, 128), (128, 192), (192, 256)]
-    assert quant_lab.held_bytes(joined) == pytest.approx(quant_lab.held_bytes(apart), abs=99)
+    assert joined.get_memory_footprint() == pytest.approx(apart.get_memory_footprint(), abs=99)
     calls, x = [], torch.randn(1, 9, 128).half()
     fused.register_forward_hook(lambda *inputs: calls.append(1))
     for other in (x, x, -x):  # The last asks out of turn.
@@ -488,7 +488,7 @@ def test_length_is_forced_past_the_end_of_sequence(
     # Keys and values, float32, of 64: of all places, rounded up, or of those written.
     cache = 2 * 4 * (32 if compiled else 20 + 6) * 64
     weights = held_bytes(model)
-    assert quant_lab.held_bytes(model) == weights and speed["prompt_tokens"] == 20
+    assert model.get_memory_footprint() == weights and speed["prompt_tokens"] == 20
     read = weights - (0 if tied else 4 * 128 * model.config.vocab_size)  # Looked up only.
     for entry, wanted in zip(speed["decode"], (read + cache, read + 2 * cache)):
         assert entry["step_bytes"] == pytest.approx(wanted, abs=8)  # And a position.
@@ -775,7 +775,7 @@ def test_graphs_on_a_gpu_say_what_eager_decoding_does(models, label):
     decoder.run(0)
     assert [decoder.token.item()] == wanted
     decoder.run(3)
-    weights = quant_lab.held_bytes(model)
+    weights = model.get_memory_footprint()
     assert weights == pytest.approx(weight_bytes(models[label, True]), rel=0.02)
     assert torch.cuda.max_memory_allocated() > weights
     assert decoder.step.__self__.__class__ is torch.cuda.CUDAGraph
