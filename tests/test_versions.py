@@ -1,0 +1,53 @@
+"""Run the demo with other versions of the packages: the lowest admitted, and beside older ones."""
+
+import re
+import subprocess
+import sys
+import venv
+
+import pytest
+from conftest import LABELS, ROOT, SCRIPT, read_strict
+
+LOWEST = re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)
+
+
+def test_each_requirement_has_a_lowest_version():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    assert len(LOWEST) == len([line for line in lines if line[:1] not in ("", "#")]) > 6
+
+
+@pytest.mark.slow
+def test_demo_with_the_lowest_versions(tmp_path):
+    """Make an environment of them (8 GB, from the package index) and compare the figures."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    wanted = [f"{name}=={version}" for name, version in LOWEST]
+    made = subprocess.run([python, "-m", "pip", "install", "-q", *wanted],
+                          capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    done = subprocess.run([python, SCRIPT, "--demo", "--output-dir", tmp_path / "out"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = read_strict(tmp_path / "out" / "results.json")
+    for name, version in LOWEST:
+        if name in results["versions"]:
+            assert results["versions"][name].startswith(version), name
+    rows = read_strict(ROOT / "results" / "demo-cpu" / "results.json")["variants"]
+    assert [row["label"] for row in results["variants"]] == LABELS
+    for row, other in zip(results["variants"], rows):
+        assert row["weight_bytes"] == other["weight_bytes"]
+        assert row["perplexity"] == pytest.approx(other["perplexity"], rel=5e-3), row["label"]
+        assert row["kld"]["mean"] == pytest.approx(other["kld"]["mean"], rel=0.05, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_kernel_that_holds_older_packages_runs_it_as_a_process(tmp_path):
+    """In Colab pip replaces packages that the kernel has loaded: `!python` does not mind."""
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    stand_in = "import sys, types; sys.modules['datasets'] = types.ModuleType('datasets')"
+    command = f"!{sys.executable} {SCRIPT} --demo --variants fp8 --output-dir {tmp_path}"
+    notebook = nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell(line) for line in (stand_in, command)])
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    rows = read_strict(tmp_path / "results.json")["variants"]
+    assert [row["status"] for row in rows] == ["ok", "ok"]
