@@ -59,6 +59,20 @@ def test_a_row_compiles(sm, kind, rounds, half, types):
                    ROWS=2, BLOCK=512)
 
 
+def test_what_is_compiled_for_a_t4_runs_on_a_later_gpu(monkeypatch, tmp_path):
+    """The rehearsal needs that; the architecture stands in the flags of the ELF file."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))  # Not from an earlier run.
+    undo = load_by_path("rehearse_t4").assemble_for(90)
+    try:
+        made = compile_kernel(
+            quant_lab.row_kernel, 75, ROW | WORDS | dict(scale="*fp16"), GROUP=16, KIND="int4",
+            ROUND=0, ROWS=2, BLOCK=512)
+    finally:
+        undo()
+    flags = int.from_bytes(made.asm["cubin"][48:52], "little")
+    assert ".target sm_75" in made.asm["ptx"] and 90 in (flags & 255, flags >> 8 & 255)
+
+
 class Launch:
     """Stand for a kernel, which notes how it is called."""
 

@@ -1,0 +1,108 @@
+"""Run the lab on another NVIDIA GPU as if it were a T4 of Colab, and say what that took.
+
+    python tests/rehearse_t4.py --model FOLDER [other options of quant_lab.py]
+
+- PyTorch reports a T4: capability 7.5, no bfloat16, 40 multiprocessors, 15 GB of memory, of
+  which no more is given.
+- Triton compiles for SM 7.5, with 64 KB of shared memory a program. Its PTX is assembled for
+  the GPU there is, as drivers do with PTX that is older than the GPU.
+- PyTorch's flash and cuDNN attention, which a T4 lacks, are switched off.
+- Two cores; the run ends if it and its children take more than the 12.7 GB of Colab's host.
+
+It does not show a T4's speed: that moves 0.32 TB/s, and cuBLAS has kernels of its own for it.
+"""
+
+import os
+import runpy
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import torch
+
+CORES, HOST, GPU = 2, 12.7e9, 15e9
+T4 = dict(major=7, minor=5, total_memory=int(GPU), multi_processor_count=40,
+          max_threads_per_multi_processor=1024, L2_cache_size=4 << 20)
+SHARED = 65_536  # Bytes that a program may have.
+
+
+def assemble_for(capability: int):
+    """Make Triton assemble its PTX for that SM (90, say), whatever it was compiled for."""
+    from triton.backends.nvidia.compiler import CUDABackend
+    assemble = CUDABackend.make_cubin
+
+    def make_cubin(self, source, metadata, options, compiled_for):
+        return assemble(self, source, metadata, options, capability)
+
+    CUDABackend.make_cubin = make_cubin
+    return lambda: setattr(CUDABackend, "make_cubin", assemble)
+
+
+def pretend() -> str:
+    """Make PyTorch and Triton take the GPU for a T4; return its name."""
+    real = torch.cuda.get_device_properties(0)
+    known = {name: getattr(real, name) for name in dir(real) if name[0] != "_"}
+    known |= T4 | dict(name=f"{real.name} as a T4")
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(**known)
+    torch.cuda.get_device_capability = lambda device=None: (T4["major"], T4["minor"])
+    torch.cuda.get_device_name = lambda device=None: known["name"]
+    torch.cuda.is_bf16_supported = lambda *_, **__: False
+    torch.cuda.set_per_process_memory_fraction(GPU / real.total_memory)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    from triton.runtime import driver
+    sizes = driver.active.utils.get_device_properties
+    driver.active.get_device_capability = torch.cuda.get_device_capability
+    driver.active.utils.get_device_properties = lambda device: sizes(device) | dict(
+        max_shared_mem=SHARED, multiprocessor_count=T4["multi_processor_count"])
+    assemble_for(10 * real.major + real.minor)
+    return real.name
+
+
+def watch(peak: dict) -> None:
+    """Note the most memory of this process with its children; end it above Colab's."""
+    this = psutil.Process()
+    while True:
+        total = 0
+        for process in [this, *this.children(recursive=True)]:
+            try:
+                total += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                pass
+        peak["host"] = max(peak["host"], total)
+        free, size = torch.cuda.mem_get_info()
+        peak["gpu"] = max(peak["gpu"], size - free)
+        if total > HOST:
+            print(f"out of memory: {total / 1e9:.1f} GB of the host, Colab has {HOST / 1e9}")
+            os._exit(137)
+        time.sleep(0.2)
+
+
+def main() -> int:
+    """Run the lab with the options given; return its exit code."""
+    if not torch.cuda.is_available():
+        sys.exit("rehearse_t4: needs an NVIDIA GPU")
+    begin, peak = time.time(), dict(host=0, gpu=0)
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # Workers would not know of the T4.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    torch.set_num_threads(CORES)
+    card = pretend()
+    threading.Thread(target=watch, args=[peak], daemon=True).start()
+    sys.argv[0] = str(Path(__file__).parents[1] / "quant_lab.py")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    print(f"\nRehearsed on {card}: capability 7.5, Triton's PTX for SM 7.5 assembled for this "
+          f"GPU, {CORES} cores. Exit code {code}, {(time.time() - begin) / 60:.1f} minutes; at "
+          f"most {peak['host'] / 1e9:.1f} of {HOST / 1e9} GB of the host's memory, and "
+          f"{peak['gpu'] / 1e9:.1f} of {GPU / 1e9:.0f} GB of the GPU's, with the driver's own.")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
