@@ -73,8 +73,7 @@ def watch(peak: dict) -> None:
             except psutil.NoSuchProcess:
                 pass
         peak["host"] = max(peak["host"], total)
-        free, size = torch.cuda.mem_get_info()
-        peak["gpu"] = max(peak["gpu"], size - free)
+        peak["gpu"] = max(peak["gpu"], torch.cuda.memory_reserved())  # Asks no driver.
         if total > HOST:
             print(f"out of memory: {total / 1e9:.1f} GB of the host, Colab has {HOST / 1e9}")
             os._exit(137)
@@ -100,7 +99,7 @@ def main() -> int:
     print(f"\nRehearsed on {card}: capability 7.5, Triton's PTX for SM 7.5 assembled for this "
           f"GPU, {CORES} cores. Exit code {code}, {(time.time() - begin) / 60:.1f} minutes; at "
           f"most {peak['host'] / 1e9:.1f} of {HOST / 1e9} GB of the host's memory, and "
-          f"{peak['gpu'] / 1e9:.1f} of {GPU / 1e9:.0f} GB of the GPU's, with the driver's own.")
+          f"{peak['gpu'] / 1e9:.1f} of {GPU / 1e9:.0f} GB of the GPU's, by PyTorch's count.")
     return code
 
 
