@@ -240,10 +240,8 @@ def choose_device(options: Options) -> torch.device:
         return torch.device("cpu")
     if not has_gpu:
         stop("no CUDA GPU: try --demo, --device cpu or, in Colab, a runtime with a T4")
-    if torch.cuda.get_device_capability() < (8, 0):  # A T4: too old for their kernels.
-        if options.dtype == "bfloat16":
-            stop("--dtype bfloat16: this GPU only emulates it; take float16")
-        os.environ |= dict(LLMCOMPRESSOR_DISABLE_GPTQ_TRITON="1", CT_ENFORCE_EAGER="1")
+    if torch.cuda.get_device_capability() < (8, 0) and options.dtype == "bfloat16":
+        stop("--dtype bfloat16: this GPU only emulates it; take float16")
     return torch.device("cuda", 0)
 
 # %% [markdown]

@@ -130,6 +130,29 @@ def test_attention_compiles(sm):
                    floats | dict(result="*fp16", parts="i32"), SIZE=64, PARTS=16)
 
 
+@pytest.mark.parametrize("scale, dequantizes_to", [("*fp16", 2), ("*fp32", 0)])
+def test_kernels_of_llmcompressor_compile_for_a_t4(scale, dequantizes_to):
+    """GPTQ's block of columns and rounding to integers; for FP8 they ask for SM 9.0."""
+    from compressed_tensors.quantization.lifecycle import forward_helpers
+    from llmcompressor.modifiers.gptq import gptq_quantize
+
+    gptq, rounding = gptq_quantize._gptq_block_update_kernel, forward_helpers._quantize_kernel
+    floats = dict.fromkeys(("work_ptr", "hinv_ptr", "zp_ptr", "quant_ptr", "errors_ptr"), "*fp32")
+    whole = {name: "i32" for name in (*gptq.arg_names, *rounding.arg_names)
+             if "stride" in name or name.startswith("dim_")}
+    compile_kernel(
+        gptq, 75, whole | floats | dict(scale_ptr=scale, out_rows="i32", q_min="fp32", q_max="fp32"),
+        dict(num_warps=4, num_stages=2), WIDTH=128, QUANT_TYPE=0, DEQUANT_DTYPE=dequantizes_to,
+        HAS_ZP=True, USE_FP8_E4B15=False, BLOCK_ROWS=16)
+    limits = dict.fromkeys(("q_min_ptr", "q_max_ptr", "global_scale_ptr"), "*fp32")
+    compile_kernel(
+        rounding, 75, whole | limits | dict(
+            output_ptr=scale, input_ptr=scale, scale_ptr=scale, zero_point_ptr="*i8",
+            group_size="i32", num_scale_cols="i32"),
+        quant_type=0, num_bits=8, use_intel_libdevice=False, BLOCK_SIZE_R=32, BLOCK_SIZE_C=32,
+        has_zero_point=True, has_global_scale=False)
+
+
 @torch.no_grad()
 def test_compiled_layers_call_the_kernels(monkeypatch):
     """Trace one sequence and eight without a break, as for an H100; nothing is computed."""
