@@ -3,10 +3,14 @@
     python tests/error_by_part.py --model FOLDER --text FILE
 
 Each Linear's weights (a scale an output), its inputs (a scale a token), or both are rounded
-to FP8 (E4M3) or INT8, to the nearest: no GPTQ, no SmoothQuant, nothing else of the recipes.
-KLD in nats, to the model before, with half a 95 % interval, over windows spread over the
-text; errors are relative: the root of the mean square of what rounding changes, over that
-of what is rounded. float32, on a GPU if there is one.
+to FP8 (E4M3) or INT8, to the nearest, without GPTQ. KLD in nats, to the model before, with
+half a 95 % interval, over windows spread over the text; the last column is INT8's less FP8's,
+paired by token. Errors are relative: the root of the mean square of what rounding changes,
+over that of what is rounded. float32, on a GPU if there is one.
+
+The row "smoothed" does what SmoothQuant does before: what q, k, v and gate, up read is
+divided, by channel, by max|input|^s / max|weight|^(1-s), s = 0.8, and their weights are
+multiplied by it (paper, section 4; maxima of inputs over the first window).
 
 --dither is for weights that were restored from Q4_1, sixteen levels for each 32 of a row:
 each weight moves within its level, evenly at random, and what comes out is the model that
@@ -14,6 +18,7 @@ all is compared to. If the levels favoured one format, that would show.
 """
 
 import argparse
+import copy
 from collections import defaultdict
 from pathlib import Path
 
@@ -48,6 +53,26 @@ def dither(weight):
     return (groups + step * (torch.rand_like(groups) - 0.5)).flatten(-2)
 
 
+@torch.no_grad()
+def smooth(model, window, strength=0.8):
+    """Move outliers of what q, k, v and gate, up read into their weights."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+                (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+                (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))):
+            seen = []
+            hook = norm.register_forward_hook(lambda _, inputs, output: seen.append(output[0]))
+            model(input_ids=window, use_cache=False)
+            hook.remove()
+            weights = torch.cat([reader.weight for reader in readers]).abs().amax(0)
+            scale = seen[0].abs().amax(0).clamp(min=1e-5) ** strength / weights.clamp(
+                min=1e-5) ** (1 - strength)
+            norm.weight /= scale
+            for reader in readers:
+                reader.weight *= scale
+
+
 class Experiment:
     def __init__(self, model, windows):
         self.model, self.windows = model, windows
@@ -76,7 +101,7 @@ class Experiment:
             self.errors[kind, label, "inputs"].append(relate(x, rounder(x)))
 
     def measure(self, rounder, what, kind=""):
-        """Return KLD and half its interval, of Linears whose names end in kind."""
+        """Return KLD [windows, tokens] of rounding Linears whose names end in kind."""
         hooks = []
         for name, linear in self.linears.items():
             if not name.endswith(kind):
@@ -92,8 +117,12 @@ class Experiment:
             hook.remove()
         for name, linear in self.linears.items():
             linear.weight.data = self.weights[name]
-        found = quant_lab.estimate(kld, name="mean")
-        return f"{found['mean']:.4f} ± {(found['high'] - found['low']) / 2:.4f}"
+        return kld
+
+
+def render(kld):
+    found = quant_lab.estimate(kld, name="mean")
+    return f"{found['mean']:.4f} ± {(found['high'] - found['low']) / 2:.4f}"
 
 
 @torch.no_grad()
@@ -106,11 +135,15 @@ def main(words=None):
     parser.add_argument("--window", type=int, default=512, help="tokens")
     parser.add_argument("--dither", action="store_true")
     given = parser.parse_args(words)
+    if given.windows < quant_lab.FEWEST:
+        parser.error(f"--windows {given.windows}: an interval needs {quant_lab.FEWEST}")
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).to(device)
     ids = AutoTokenizer.from_pretrained(given.model)(
         given.text.read_text(encoding="utf-8")).input_ids
+    if len(ids) < given.windows * given.window:
+        parser.error(f"--text {given.text}: {len(ids)} tokens are too few")
     begins = [n * (len(ids) - given.window) // given.windows for n in range(given.windows)]
     windows = [torch.tensor(ids[n : n + given.window], device=device)[None] for n in begins]
     if given.dither:
@@ -118,16 +151,26 @@ def main(words=None):
             if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
                 module.weight.data = dither(module.weight.data)
     experiment = Experiment(model.eval(), windows)
-    print("| rounded | FP8 | INT8 |\n| --- | --: | --: |")
+
+    def show(name, experiment, what):
+        fp8, int8 = (experiment.measure(rounder, what) for rounder in ROUNDERS.values())
+        print("|", " | ".join([name, render(fp8), render(int8), render(int8 - fp8)]), "|",
+              flush=True)
+
+    print("| rounded | FP8 | INT8 | difference |\n| --- | --: | --: | --: |")
     for what in (["weights"], ["inputs"], ["weights", "inputs"]):
-        print("|", " and ".join(what), "|", " | ".join(
-            experiment.measure(rounder, what) for rounder in ROUNDERS.values()), "|", flush=True)
+        show(" and ".join(what), experiment, what)
     if given.dither:
         return
+    smoothed = copy.deepcopy(model)
+    smooth(smoothed, windows[0])
+    smoothed = Experiment(smoothed, windows)
+    smoothed.wanted = experiment.wanted
+    show("both, smoothed", smoothed, what)
     print("\n| Linear | FP8 | INT8 | weights FP8 % | INT8 % | inputs FP8 % | INT8 % |"
           " largest input over RMS |\n| ---", "| --:" * 7, "|")
     for kind, peaks in experiment.peaks.items():
-        kld = [experiment.measure(rounder, ["weights", "inputs"], kind)
+        kld = [render(experiment.measure(rounder, ["weights", "inputs"], kind))
                for rounder in ROUNDERS.values()]
         errors = [experiment.errors[kind, label, what]
                   for what in ("weights", "inputs") for label in ROUNDERS]

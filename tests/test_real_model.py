@@ -38,6 +38,9 @@ def stand_in(tmp_path_factory):
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
         max_position_embeddings=256, rope_theta=1e5, bos_token_id=1, eos_token_id=2)
     model = LlamaForCausalLM(config)
+    for layer in model.model.layers:  # So that attention looks at places.
+        layer.self_attn.q_proj.weight.data *= 20
+        layer.self_attn.k_proj.weight.data *= 20
     file = tmp_path_factory.mktemp("gguf") / "stand-in.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_block_count(2)
@@ -110,6 +113,10 @@ def test_weights_are_what_the_blocks_say(stand_in, made):
     for name, weight in model.state_dict().items():
         assert weight.dtype == torch.float16 and torch.equal(weight, wanted[name].half()), name
     assert model.config.eos_token_id == 2 and model.generation_config.eos_token_id == 2
+    assert model.config.rms_norm_eps == pytest.approx(stand_in[1].config.rms_norm_eps)
+    for name in ("rope_parameters", "num_attention_heads", "head_dim", "num_key_value_heads",
+                 "max_position_embeddings", "tie_word_embeddings"):
+        assert getattr(model.config, name) == getattr(stand_in[1].config, name), name
 
 
 def test_the_model_computes_the_same(stand_in, made):
@@ -169,6 +176,8 @@ def trained(tmp_path_factory):
     try:
         real_model.main(["--out", str(out)])
     except SystemExit as reason:
+        if "pip" not in str(reason):  # What else is refused is no reason to skip.
+            raise
         pytest.skip(str(reason))
     return out
 
@@ -191,7 +200,7 @@ def test_figures_of_a_trained_model(trained, tmp_path):
     failed = {label: row["error"] for label, row in rows.items() if row["error"]}
     assert done.returncode == 1, done.stdout + done.stderr
     assert set(failed) == {"awq_w4a16", "fp8_block"}, "one needs a GPU, one widths of 128"
-    assert "576" in failed["fp8_block"]
+    assert "576" in failed["fp8_block"] and "accelerator" in failed["awq_w4a16"]
     ids = AutoTokenizer.from_pretrained(trained)(text.read_text(encoding="utf-8")).input_ids
     windows = torch.tensor(ids[: 6 * 512]).view(6, 1, 512)
     for label in rows.keys() - failed.keys():
