@@ -1336,6 +1336,7 @@ class PackedLinear(torch.nn.Module):
         for name, x in dict(weight=weight, scale=scale, bias=bias).items():
             is_new = x is not None and not isinstance(x, torch.nn.Parameter)
             setattr(self, name, torch.nn.Parameter(x, False) if is_new else x)
+        self.requires_grad_(False)
         self.fits = triton and any(sm) and weight.shape[1] % 16 == 0 and (
             kind != "int4" or scale.dtype.itemsize == 2)
 
