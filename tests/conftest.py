@@ -68,11 +68,11 @@ def read_strict(file):
     return json.loads(Path(file).read_text(encoding="utf-8"), parse_constant=refuse)
 
 
-def run_process(*words, folder=ROOT, script=SCRIPT, **environment):
+def run_process(*words, folder=ROOT, script=SCRIPT, python=sys.executable, **environment):
     """Run the script in a process of its own; a variable that is None is unset."""
     variables = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
     return subprocess.run(
-        [sys.executable, str(script), *map(str, words)], capture_output=True, text=True,
+        [str(python), str(script), *map(str, words)], capture_output=True, text=True,
         encoding="utf-8", env=variables, stdin=subprocess.DEVNULL, cwd=folder)
 
 

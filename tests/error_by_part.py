@@ -19,31 +19,28 @@ all is compared to. If the levels favoured one format, that would show.
 
 import argparse
 import copy
+import sys
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from conftest import ROOT  # noqa: F401  Makes quant_lab known.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import quant_lab
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import quant_lab  # noqa: E402
+
+FORMATS, BOTH = ("fp8", "int8"), ("weights", "inputs")
 
 
-def round_fp8(x):
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
-    return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+def round_to(kind, x):
+    """Return x rounded as the lab rounds activations: a scale for each row of the last axis."""
+    rounded, scale = quant_lab.round_activations(kind, x, native=True)
+    return rounded.to(x.dtype) * scale
 
 
-def round_int8(x):
-    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.5
-    return (x / scale).round().clamp(-128, 127) * scale
-
-
-ROUNDERS = dict(FP8=round_fp8, INT8=round_int8)
-
-
-def relate(x, rounded):
-    return ((rounded - x).norm() / x.norm()).item()
+def find_linears(model):
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and "lm_head" not in name}
 
 
 def dither(weight):
@@ -73,56 +70,62 @@ def smooth(model, window, strength=0.8):
                 reader.weight *= scale
 
 
-class Experiment:
-    def __init__(self, model, windows):
-        self.model, self.windows = model, windows
-        self.linears = {name: module for name, module in model.named_modules()
-                        if isinstance(module, torch.nn.Linear) and "lm_head" not in name}
-        self.weights = {name: x.weight.data.clone() for name, x in self.linears.items()}
-        self.errors, self.peaks = defaultdict(list), defaultdict(list)
-        self.wanted = [self.compute(window) for window in windows]
-        for name, linear in self.linears.items():
-            kind = name.rpartition(".")[2]
-            for label, rounder in ROUNDERS.items():
-                error = relate(linear.weight, rounder(linear.weight))
-                self.errors[kind, label, "weights"].append(error)
-        hooks = [x.register_forward_pre_hook(lambda _, inputs, name=name: self.note(
-            name.rpartition(".")[2], inputs[0])) for name, x in self.linears.items()]
-        self.compute(windows[0])
-        for hook in hooks:
-            hook.remove()
+def score(model, windows):
+    return [model(input_ids=window, use_cache=False).logits[0].cpu() for window in windows]
 
-    def compute(self, window):
-        return self.model(input_ids=window, use_cache=False).logits[0].cpu()
 
-    def note(self, kind, x):
-        self.peaks[kind].append((x.abs().amax(-1) / x.square().mean(-1).sqrt()).median().item())
-        for label, rounder in ROUNDERS.items():
-            self.errors[kind, label, "inputs"].append(relate(x, rounder(x)))
+def measure(model, windows, wanted, kind, what, ending=""):
+    """Return KLD [windows, tokens] of rounding Linears whose names end so."""
+    weights, hooks = {}, []
+    for name, linear in find_linears(model).items():
+        if not name.endswith(ending):
+            continue
+        if "weights" in what:
+            weights[linear] = linear.weight.data
+            linear.weight.data = round_to(kind, linear.weight.data)
+        if "inputs" in what:
+            hooks.append(linear.register_forward_pre_hook(
+                lambda _, inputs: (round_to(kind, inputs[0]),)))
+    kld = torch.stack([quant_lab.compare(*pair)[0]
+                       for pair in zip(wanted, score(model, windows))])
+    for hook in hooks:
+        hook.remove()
+    for linear, weight in weights.items():
+        linear.weight.data = weight
+    return kld
 
-    def measure(self, rounder, what, kind=""):
-        """Return KLD [windows, tokens] of rounding Linears whose names end in kind."""
-        hooks = []
-        for name, linear in self.linears.items():
-            if not name.endswith(kind):
-                continue
-            if "weights" in what:
-                linear.weight.data = rounder(self.weights[name])
-            if "inputs" in what:
-                hooks.append(linear.register_forward_pre_hook(
-                    lambda _, inputs: (rounder(inputs[0]),)))
-        kld = torch.stack([quant_lab.compare(wanted, self.compute(window))[0]
-                           for wanted, window in zip(self.wanted, self.windows)])
-        for hook in hooks:
-            hook.remove()
-        for name, linear in self.linears.items():
-            linear.weight.data = self.weights[name]
-        return kld
+
+def find_errors(model, window):
+    """Return, by the last part of a Linear's name, its errors in % and peaks over RMS."""
+    errors, peaks, hooks = defaultdict(list), defaultdict(list), []
+
+    def note(part, what, x):
+        for kind in FORMATS:
+            error = (round_to(kind, x) - x).norm() / x.norm()
+            errors[part, what, kind].append(100 * error.item())
+
+    def note_inputs(part, x):
+        note(part, "inputs", x)
+        peaks[part].append((x.abs().amax(-1) / x.square().mean(-1).sqrt()).median().item())
+
+    for name, linear in find_linears(model).items():
+        part = name.rpartition(".")[2]
+        note(part, "weights", linear.weight)
+        hooks.append(linear.register_forward_pre_hook(
+            lambda _, inputs, part=part: note_inputs(part, inputs[0])))
+    score(model, [window])
+    for hook in hooks:
+        hook.remove()
+    return errors, peaks
 
 
 def render(kld):
     found = quant_lab.estimate(kld, name="mean")
     return f"{found['mean']:.4f} ± {(found['high'] - found['low']) / 2:.4f}"
+
+
+def show_row(*cells):
+    print("|", " | ".join(cells), "|", flush=True)
 
 
 @torch.no_grad()
@@ -147,36 +150,31 @@ def main(words=None):
     begins = [n * (len(ids) - given.window) // given.windows for n in range(given.windows)]
     windows = [torch.tensor(ids[n : n + given.window], device=device)[None] for n in begins]
     if given.dither:
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-                module.weight.data = dither(module.weight.data)
-    experiment = Experiment(model.eval(), windows)
+        for linear in find_linears(model).values():
+            linear.weight.data = dither(linear.weight.data)
+    wanted = score(model, windows)
 
-    def show(name, experiment, what):
-        fp8, int8 = (experiment.measure(rounder, what) for rounder in ROUNDERS.values())
-        print("|", " | ".join([name, render(fp8), render(int8), render(int8 - fp8)]), "|",
-              flush=True)
+    def show_formats(name, model, what):
+        fp8, int8 = (measure(model, windows, wanted, kind, what) for kind in FORMATS)
+        show_row(name, render(fp8), render(int8), render(int8 - fp8))
 
     print("| rounded | FP8 | INT8 | difference |\n| --- | --: | --: | --: |")
-    for what in (["weights"], ["inputs"], ["weights", "inputs"]):
-        show(" and ".join(what), experiment, what)
+    for what in (("weights",), ("inputs",), BOTH):
+        show_formats(" and ".join(what), model, what)
     if given.dither:
         return
     smoothed = copy.deepcopy(model)
     smooth(smoothed, windows[0])
-    smoothed = Experiment(smoothed, windows)
-    smoothed.wanted = experiment.wanted
-    show("both, smoothed", smoothed, what)
+    show_formats("both, smoothed", smoothed, BOTH)
     print("\n| Linear | FP8 | INT8 | weights FP8 % | INT8 % | inputs FP8 % | INT8 % |"
-          " largest input over RMS |\n| ---", "| --:" * 7, "|")
-    for kind, peaks in experiment.peaks.items():
-        kld = [render(experiment.measure(rounder, ["weights", "inputs"], kind))
-               for rounder in ROUNDERS.values()]
-        errors = [experiment.errors[kind, label, what]
-                  for what in ("weights", "inputs") for label in ROUNDERS]
-        cells = [*kld, *(f"{100 * sum(x) / len(x):.2f}" for x in errors),
-                 f"{sum(peaks) / len(peaks):.1f}"]
-        print(f"| {kind} |", " | ".join(cells), "|", flush=True)
+          " largest input over RMS |\n| --- |" + " --: |" * 7)
+    errors, peaks = find_errors(model, windows[0])
+    for part in peaks:
+        kld = [measure(model, windows, wanted, kind, BOTH, part) for kind in FORMATS]
+        means = [sum(x) / len(x) for x in (
+            errors[part, what, kind] for what in BOTH for kind in FORMATS)]
+        show_row(part, *map(render, kld), *(f"{x:.2f}" for x in means),
+                 f"{sum(peaks[part]) / len(peaks[part]):.1f}")
 
 
 if __name__ == "__main__":

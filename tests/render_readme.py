@@ -22,12 +22,13 @@ def render_readme(text: str) -> str:
     def fill(found: re.Match) -> str:
         what, name = found[1], found[2]
         results = json.loads((ROOT / "results" / name / "results.json").read_text("utf-8"))
-        block = quant_lab.render_tables(results, results["variants"])
-        if what == "speed":
-            block = block.split("\n\n", 2)[2]
-        elif what == "picture":
+        if what == "picture":
             block = (f"![{'; '.join(quant_lab.list_best(results['variants']))}]"
                      f"(results/{name}/summary.png)")
+        else:
+            block = quant_lab.render_tables(results, results["variants"])
+        if what == "speed":  # Protocol and quality come first.
+            block = block.split("\n\n", 2)[2]
         return f"<!-- {what} {name} -->\n\n{block}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (tables|speed|picture) (\S+) -->.*?<!-- end -->", fill, text, flags=re.S)

@@ -195,7 +195,7 @@ def test_figures_of_a_trained_model(trained, tmp_path):
         "--calibration-data", find_text("ultrachat/train_sft.jsonl", "chats.jsonl"),
         "--calibration-samples", 32, "--calibration-length", 256, "--eval-text", text,
         "--window", 512, "--max-windows", 6, "--new-tokens", 8, "--repeats", 1,
-        "--batch-sizes", 1, "--output-dir", tmp_path, OMP_NUM_THREADS=None)
+        "--batch-sizes", 1, "--output-dir", tmp_path, OMP_NUM_THREADS=None, CUDA_VISIBLE_DEVICES="")
     rows = {row["label"]: row for row in read_strict(tmp_path / "results.json")["variants"]}
     failed = {label: row["error"] for label, row in rows.items() if row["error"]}
     assert done.returncode == 1, done.stdout + done.stderr

@@ -1,13 +1,12 @@
 """Run the demo with other versions of the packages: the lowest admitted, and beside older ones."""
 
-import os
 import re
 import subprocess
 import sys
 import venv
 
 import pytest
-from conftest import LABELS, ROOT, SCRIPT, read_strict
+from conftest import LABELS, ROOT, SCRIPT, read_strict, run_process
 
 LOWEST = re.findall(r"^([\w-]+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)
 
@@ -26,9 +25,8 @@ def test_demo_with_the_lowest_versions(tmp_path):
     made = subprocess.run([python, "-m", "pip", "install", "-q", *wanted],
                           capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
-    variables = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "PYTHONPATH")}
-    done = subprocess.run([python, SCRIPT, "--demo", "--output-dir", tmp_path / "out"],
-                          capture_output=True, text=True, env=variables)
+    done = run_process("--demo", "--output-dir", tmp_path / "out", python=python,
+                       OMP_NUM_THREADS=None, PYTHONPATH=None)
     assert done.returncode == 0, done.stdout + done.stderr
     results = read_strict(tmp_path / "out" / "results.json")
     lowest = {name.replace("-", "_"): version for name, version in LOWEST}
