@@ -19,8 +19,7 @@ has to be measured. This script writes a causal LM in float16 and as three check
 Each run prints its variant beside the baseline; tables and a verdict come last. The
 output folder has `results.json` with every timing, a summary, a picture, checkpoints.
 Every variant is compared with the *reference*: the model as it came. The *baseline* is
-that model written and loaded again: what differs there is noise of the measurement.
-Machinery, to be skipped at first reading, follows the story; the runs come last."""
+that model written and loaded again: what differs there is noise of the measurement."""
 
 # %%
 import contextlib
@@ -28,6 +27,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import platform
@@ -277,6 +277,7 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     utils.logging.set_verbosity_error()  # Warnings quote a model's files.
     utils.logging.disable_progress_bar()
+    torch._logging.set_logs(all=logging.ERROR)  # Of a T4 it says "Not enough SMs".
     with usable("--model", options.model, "give a causal LM: hub id or whole folder"):
         folder = find_path(options.model) or Path(snapshot_download(
             options.model, ignore_patterns=["*/*", "consolidated*"],
@@ -502,8 +503,7 @@ most sensitive figure here. It is taken at every token, in float32 (off by some 
 T4 is slow in float64). What waits in the host's memory are the reference's last hidden
 states (0.54 GB for WikiText-2 at 0.5B; logits would be 90 GB), so two models never have
 to fit on a GPU at once. Its own head turns them into logits again, in the same slices:
-the same figures make a KLD of exactly 0. **Top-1**: at how many tokens the most
-probable one is the same.
+the same figures make a KLD of exactly 0. **Top-1**: how often the first choice agrees.
 
 **Tokens**: how many of a greedy completion go by before the first that differs from the
 reference's, of eight prompts, padded to one batch: read them, do not rank by it.
@@ -536,13 +536,15 @@ def score_text(model, lab: SimpleNamespace):
     for ids in show_progress("scoring", lab.windows.to(model.device)):
         output = find_decoder(model)(input_ids=ids[None], use_cache=False)
         states = output.last_hidden_state[0, lab.unscored - 1 : -1].split(CHUNK)
+        finite = []  # Looked at once a window: each look waits for the GPU.
         # In chunks: 2,048 x 151,936 logits take 1.2 GB in float32.
         for hidden, wanted in zip(states, ids[lab.unscored :].split(CHUNK)):
             logits = apply_head(model, output, hidden)
-            if not logits.isfinite().all():
-                raise FloatingPointError("logits are not finite: try another --dtype")
+            finite.append(logits.isfinite().all())
             losses = F.cross_entropy(logits.float(), wanted, reduction="none")
             yield hidden, logits, losses.double()
+        if not torch.stack(finite).all():
+            raise FloatingPointError("logits are not finite: try another --dtype")
 
 # %%
 def generate(model, ids: Tensor, mask: Tensor, new_tokens: int, ends, visit):
@@ -574,8 +576,11 @@ def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
 def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     """Return losses, completions, hidden states of the text and the head they go to."""
     model = place_model(lab.model_folder, lab.options, lab.device)
-    states, losses = zip(*((hidden.cpu(), losses.cpu())
-                           for hidden, _, losses in score_text(model, lab)))
+    states, losses = [], []
+    for hidden, _, loss in score_text(model, lab):
+        states.append(torch.empty_like(hidden, device="cpu", pin_memory=hidden.is_cuda))
+        states[-1].copy_(hidden, non_blocking=True)  # Pinned: nothing waits for it.
+        losses.append(loss)
     completions, decoder = complete_prompts(model, lab), find_decoder(model)
     ids = lab.windows[:1, :2].to(lab.device)
     alone, output = (decoder(input_ids=x, use_cache=False) for x in (ids[:, :1], ids))
@@ -585,8 +590,8 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     for part in decoder.children():  # What is left is the head, and what follows it.
         if isinstance(part, torch.nn.ModuleList):
             del part[:]
-    return SimpleNamespace(losses=torch.cat(losses), states=states, head=model.cpu(),
-                           output=output, completions=completions)
+    return SimpleNamespace(losses=torch.cat(losses).cpu(), states=states, output=output,
+                           head=model.cpu(), completions=completions)
 
 # %%
 def estimate(values: Tensor, scale=float, name="value") -> dict:
@@ -615,10 +620,11 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     reference, parts, completions = lab.reference, [], []
     reference.head.to(lab.device)
     for (_, logits, losses), state in zip(score_text(model, lab), reference.states):
-        wanted = apply_head(reference.head, reference.output, state.to(lab.device))
-        parts.append(torch.stack([losses, *compare(wanted, logits)]).cpu())
+        state = state.to(lab.device, non_blocking=True)
+        wanted = apply_head(reference.head, reference.output, state)
+        parts.append(torch.stack([losses, *compare(wanted, logits)]))
     reference.head.cpu()
-    losses, kld, agrees = torch.cat(parts, dim=1).view(3, len(lab.windows), -1)
+    losses, kld, agrees = torch.cat(parts, dim=1).cpu().view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
     for prompt, made, wanted in zip(PROMPTS, mine, reference.completions):
         differs = [a != b for a, b in zip_longest(made, wanted)]
@@ -667,9 +673,8 @@ would start each of hundreds of kernels from Python, and at this size measure Py
 It is what is left on a CPU, and where layers do not compile (sliding windows, soft
 caps, some experts). Compare it with its like; `runs_as` tells.
 
-The first three graphs of a process replay up to 15 % faster than all of them do once a
-fourth is recorded (seen on an H200). Servers record dozens: so does this process before
-the first that it times, and all variants meet the same state."""
+The first three graphs of a process replay up to 15 % faster than all do once a fourth
+is recorded (seen on an H200). Servers record dozens; so does this, before timing."""
 
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
@@ -1453,10 +1458,9 @@ For one token (of INT4 for a few) `row_kernel` multiplies a row by any format. I
 a trick: read as float32, an integer n below 2^23 is the number n * 2^-149. So four bits
 need only a mask: what their place adds, 16^i, is taken off the input beforehand, and a
 factor of 2^100 keeps products normal. The 8 that is added to each stored weight is
-subtracted once, as 8 times the sum of inputs. FP8 below SM 8.9 is converted by moving
-bit fields, as in `dequantize`. For INT8, `dp4a` makes four products and their sum in
-one instruction. Rounding a row of FP8 costs a kernel of its own where none before can
-do it: if weights are few, each program does it for itself (`ROUND`).
+subtracted once, as 8 times the sum of inputs. For INT8, `dp4a` makes four products and
+their sum in one instruction. Rounding a row of FP8 costs a kernel of its own where none
+before can do it: if weights are few, each program does it for itself (`ROUND`).
 
 For several tokens, `tile_kernel` multiplies a tile of weights by one of inputs, while
 the next are being read. INT4 is put behind the bits of 1024 (of 128 in bfloat16), where
@@ -1755,7 +1759,6 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
     from loguru import logger
     for module in data_free.pipeline, sequential.pipeline:
         module.get_main_device = lambda: lab.device  # Else the first accelerator.
-    torch.fx._symbolic_trace.log.setLevel("ERROR")
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # It could not be saved; what ends a completion stays.
@@ -1769,7 +1772,10 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
             bar.update((int(layer[1]) - bar.n) % layers)
     logger.configure(handlers=[dict(sink=follow, level="INFO")])
     # What was traced would stay in a table of torch.fx, and keep the model for ever.
+    def sum_squares(x, y, mse=F.mse_loss, **named):
+        return mse(x.float(), y.float(), **named)
     with (create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch),
+          patch.object(F, "mse_loss", sum_squares),  # In float16, AWQ's overflow.
           show_progress("calibrating", range(layers * passes)) as bar):
         yield lines
 
@@ -1922,8 +1928,7 @@ if __name__ == "__main__":
 """## Baseline
 
 The model in `--dtype`, saved and loaded again. A ratio of 1, a KLD of 0 and all tokens
-the same show that the measurement repeats exactly; else it is noise, and no difference
-smaller than that counts below."""
+the same show that the measurement repeats exactly; what differs is its noise."""
 
 # %%
 if __name__ == "__main__":

@@ -572,6 +572,20 @@ def test_awq_without_a_gpu_is_a_row_with_its_reason(requested):
     assert "accelerator" in row["error"] or "GPU" in row["error"]
 
 
+def test_awq_weighs_errors_that_float16_cannot_sum(
+        texts, tmp_path, quick_collection, monkeypatch):
+    """Its grid search adds squared errors in the dtype of the model (llm-compressor#2213)."""
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from transformers import AutoModelForCausalLM
+    monkeypatch.setattr(IntermediatesCache, "pin_memory", lambda *_: None)  # Wants a GPU.
+    folder = make_small(tmp_path / "model", hidden=64)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.model.layers[0].mlp.down_proj.weight.data *= 200
+    model.save_pretrained(folder)
+    row = run_words(tmp_path / "out", folder, texts, "--variants", "awq").rows["awq_w4a16"]
+    assert row["status"] == "ok", row["error"]
+
+
 # Widths, experts, vision towers: what is quantized, and what the row says of it.
 
 
