@@ -524,26 +524,26 @@ def find_decoder(model):
     return model.model if decoder is model else decoder  # Llama 4 returns itself.
 
 def apply_head(model, output, hidden: Tensor) -> Tensor:
-    """Return logits [n, vocabulary] of last hidden states [n, width]."""
+    """Return log-probabilities [n, vocabulary] of last hidden states [n, width]."""
     # By the model's own forward, which may scale or cap: its decoder returns these.
     output.last_hidden_state = hidden[None]
     with patch.object(find_decoder(model), "forward", lambda *_, **__: output):
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return model(input_ids=ids, use_cache=False).logits[0]
+        logits = model(input_ids=ids, use_cache=False).logits[0]
+    return F.log_softmax(logits, dim=-1, dtype=torch.float32)
 
 def score_text(model, lab: SimpleNamespace):
-    """Yield hidden states [n, width], logits [n, vocabulary], losses [n], in nats."""
+    """Yield hidden states, log-probabilities [n, vocabulary], losses [n], in nats."""
     for ids in show_progress("scoring", lab.windows.to(model.device)):
         output = find_decoder(model)(input_ids=ids[None], use_cache=False)
         states = output.last_hidden_state[0, lab.unscored - 1 : -1].split(CHUNK)
-        finite = []  # Looked at once a window: each look waits for the GPU.
+        least = []  # Looked at once a window: each look waits for the GPU.
         # In chunks: 2,048 x 151,936 logits take 1.2 GB in float32.
         for hidden, wanted in zip(states, ids[lab.unscored :].split(CHUNK)):
-            logits = apply_head(model, output, hidden)
-            finite.append(logits.isfinite().all())
-            losses = F.cross_entropy(logits.float(), wanted, reduction="none")
-            yield hidden, logits, losses.double()
-        if not torch.stack(finite).all():
+            q = apply_head(model, output, hidden)
+            least.append(q.amin())
+            yield hidden, q, F.nll_loss(q, wanted, reduction="none").double()
+        if not torch.stack(least).isfinite().all():
             raise FloatingPointError("logits are not finite: try another --dtype")
 
 # %%
@@ -610,19 +610,18 @@ def estimate(values: Tensor, scale=float, name="value") -> dict:
 def raise_e(x: float) -> float:
     return math.exp(min(x, 709.0))  # Of more, e to the x is no float.
 
-def compare(wanted: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KLD [n], in nats, and whether the most probable token is the same [n]."""
-    p, q = (F.log_softmax(x.float(), dim=-1) for x in (wanted, logits))
-    return (p.exp() * (p - q)).sum(-1), wanted.argmax(-1) == logits.argmax(-1)
+def compare(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KLD [n], in nats, of log-probabilities; whether the first choice agrees."""
+    return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
 
 @torch.no_grad()
 def measure_quality(model, lab: SimpleNamespace) -> dict:
     reference, parts, completions = lab.reference, [], []
     reference.head.to(lab.device)
-    for (_, logits, losses), state in zip(score_text(model, lab), reference.states):
+    for (_, q, losses), state in zip(score_text(model, lab), reference.states):
         state = state.to(lab.device, non_blocking=True)
-        wanted = apply_head(reference.head, reference.output, state)
-        parts.append(torch.stack([losses, *compare(wanted, logits)]))
+        p = apply_head(reference.head, reference.output, state)
+        parts.append(torch.stack([losses, *compare(p, q)]))
     reference.head.cpu()
     losses, kld, agrees = torch.cat(parts, dim=1).cpu().view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
@@ -1177,7 +1176,7 @@ def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
     choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
     def prove(modifiers, **named):
         if smoother not in modifiers:  # It is done, and quantizing comes next.
-            kld = compare(reading.logits, Reading(model, ids).logits)[0].mean().item()
+            kld = compare(reading.chances, Reading(model, ids).chances)[0].mean().item()
             pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
             pairs = smoother._resolved_mappings if pairs is None else pairs
             row["smoothing"] = dict(pairs=len(pairs), kld=max(kld, 0.0))
@@ -1200,7 +1199,8 @@ class Reading(torch.overrides.TorchFunctionMode):
         self.outputs, self.readers = {}, {}  # By id; readers: ids of Linears' weights.
         hook = torch.nn.modules.module.register_module_forward_hook(self.note_output)
         with torch.no_grad(), DisableQuantization(model), self, hook:
-            self.logits = model(input_ids=ids, use_cache=False).logits.cpu()
+            logits = model(input_ids=ids, use_cache=False).logits.cpu()
+        self.chances = logits.log_softmax(-1)
 
     def note_output(self, module, inputs, output) -> None:
         if getattr(module, "weight", None) is not None and module.weight.dim() == 1:

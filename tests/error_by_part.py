@@ -71,7 +71,8 @@ def smooth(model, window, strength=0.8):
 
 
 def score(model, windows):
-    return [model(input_ids=window, use_cache=False).logits[0].cpu() for window in windows]
+    return [model(input_ids=window, use_cache=False).logits[0].log_softmax(-1).cpu()
+            for window in windows]
 
 
 def measure(model, windows, wanted, kind, what, ending=""):
