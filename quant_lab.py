@@ -47,7 +47,7 @@ from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
-from functools import cache, partial
+from functools import partial
 from itertools import product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -611,7 +611,7 @@ def raise_e(x: float) -> float:
     return math.exp(min(x, 709.0))  # Of more, e to the x is no float.
 
 def compare(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KLD [n], in nats, of log-probabilities; whether the first choice agrees."""
+    """Return KLD [n], in nats, of log-probabilities; if the first choice agrees."""
     return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
 
 @torch.no_grad()
@@ -672,8 +672,9 @@ would start each of hundreds of kernels from Python, and at this size measure Py
 It is what is left on a CPU, and where layers do not compile (sliding windows, soft
 caps, some experts). Compare it with its like; `runs_as` tells.
 
-The first three graphs of a process replay up to 15 % faster than all do once a fourth
-is recorded (seen on an H200). Servers record dozens; so does this, before timing."""
+The first three graphs of a process replay up to 17 % faster than all do once a fourth
+is recorded (on an H200), and now and then that starts over once all are dropped. A
+server has dozens; so sixteen are recorded for nothing before each timing."""
 
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
@@ -708,9 +709,8 @@ def record(work):
         work()
     return graph.replay
 
-@cache
 def record_many(device: torch.device) -> None:
-    """Record graphs as a server does: those of a process with few replay faster."""
+    """Record graphs, as a server does: those of a process with few replay faster."""
     x = torch.zeros(1, device=device)
     for _ in range(16):
         record(lambda: [x.add_(1) for _ in range(1000)])()

@@ -8,11 +8,10 @@ import re
 
 import jupytext
 import pytest
-from conftest import ROOT, SCRIPT, load_by_path, start_beside
+from conftest import COMMITTED, ROOT, SCRIPT, load_by_path, start_beside
 
 import quant_lab
 
-COMMITTED = ["demo-cpu", "h100-0.5b", "h100-7b"]
 BASE, FP8, INT4, INT8 = ("00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16",
                          "03_smoothquant_w8a8")
 CONTROL = "rtn_w4a16"
@@ -22,7 +21,7 @@ def read(name):
     return json.loads((ROOT / "results" / name / "results.json").read_text("utf-8"))
 
 
-@pytest.fixture(params=COMMITTED)
+@pytest.fixture(params=COMMITTED[:3])  # Of the four default variants, all finished.
 def results(request):
     return read(request.param)
 
@@ -106,11 +105,12 @@ def test_committed_renderings_are_those_of_the_results(name):
     folder, results = ROOT / "results" / name, read(name)
     assert results["schema"] == quant_lab.SCHEMA
     if name != "demo-cpu":  # A GPU is not always at hand: of which commit are they?
-        assert re.search("at commit [0-9a-f]{7}", (folder / "README.md").read_text("utf-8"))
+        readme = ROOT / "results" / name.split("/")[0] / "README.md"
+        assert re.search("at commit [0-9a-f]{7}", readme.read_text("utf-8"))
     assert (folder / "summary.md").read_text("utf-8") == quant_lab.render_summary(results)
     for row in results["variants"]:
         card = folder / "checkpoints" / row["label"] / "README.md"
-        if name == "demo-cpu":
+        if row["status"] == "ok" and (folder / "checkpoints").exists():
             assert card.read_text("utf-8") == quant_lab.render_model_card(row, results)
     assert (folder / "summary.png").stat().st_size > 10_000
 
@@ -120,7 +120,8 @@ def test_readme_shows_the_committed_results():
     text = (ROOT / "README.md").read_text("utf-8")
     assert load_by_path("render_readme").render_readme(text) == text
     for name in COMMITTED:
-        assert re.search(f"<!-- (tables|speed) {name} -->", text)
+        folder = name.removesuffix("/seed-7")
+        assert re.search(f"<!-- ({'seeds' if folder != name else 'tables|speed'}) {folder} -->", text)
     assert "<!-- picture demo-cpu -->" in text and "results/demo-cpu/summary.png" in text
 
 
@@ -225,6 +226,7 @@ WANTED = {
     "load s": lambda row: row["load_seconds"], "compile s": lambda row: row["compile_seconds"]}
 
 
+@pytest.mark.parametrize("results", COMMITTED, indirect=True)
 def test_every_cell_of_every_table_is_a_figure_of_its_row(results):
     seen = set()
     for table in read_tables(quant_lab.render_summary(results)):
@@ -232,6 +234,9 @@ def test_every_cell_of_every_table_is_a_figure_of_its_row(results):
         for row in results["variants"]:
             for title, cell in table[row["label"]].items():
                 seen.add(title)
+                if row["status"] == "failed":
+                    assert cell == "failed", title
+                    continue
                 figure = WANTED[title](row)
                 if figure is None:
                     assert cell == "–", title
