@@ -537,14 +537,12 @@ def score_text(model, lab: SimpleNamespace):
     for ids in show_progress("scoring", lab.windows.to(model.device)):
         output = find_decoder(model)(input_ids=ids[None], use_cache=False)
         states = output.last_hidden_state[0, lab.unscored - 1 : -1].split(CHUNK)
-        least = []  # Looked at once a window: each look waits for the GPU.
         # In chunks: 2,048 x 151,936 logits take 1.2 GB in float32.
         for hidden, wanted in zip(states, ids[lab.unscored :].split(CHUNK)):
             q = apply_head(model, output, hidden)
-            least.append(q.amin())
+            if not q.amin().isfinite():
+                raise FloatingPointError("logits are not finite: try another --dtype")
             yield hidden, q, F.nll_loss(q, wanted, reduction="none").double()
-        if not torch.stack(least).isfinite().all():
-            raise FloatingPointError("logits are not finite: try another --dtype")
 
 # %%
 def generate(model, ids: Tensor, mask: Tensor, new_tokens: int, ends, visit):
@@ -576,11 +574,8 @@ def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
 def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     """Return losses, completions, hidden states of the text and the head they go to."""
     model = place_model(lab.model_folder, lab.options, lab.device)
-    states, losses = [], []
-    for hidden, _, loss in score_text(model, lab):
-        states.append(torch.empty_like(hidden, device="cpu", pin_memory=hidden.is_cuda))
-        states[-1].copy_(hidden, non_blocking=True)  # Pinned: nothing waits for it.
-        losses.append(loss)
+    states, losses = zip(*((hidden.cpu(), losses.cpu())
+                           for hidden, _, losses in score_text(model, lab)))
     completions, decoder = complete_prompts(model, lab), find_decoder(model)
     ids = lab.windows[:1, :2].to(lab.device)
     alone, output = (decoder(input_ids=x, use_cache=False) for x in (ids[:, :1], ids))
@@ -590,8 +585,8 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     for part in decoder.children():  # What is left is the head, and what follows it.
         if isinstance(part, torch.nn.ModuleList):
             del part[:]
-    return SimpleNamespace(losses=torch.cat(losses).cpu(), states=states, output=output,
-                           head=model.cpu(), completions=completions)
+    return SimpleNamespace(losses=torch.cat(losses), states=states, head=model.cpu(),
+                           output=output, completions=completions)
 
 # %%
 def estimate(values: Tensor, scale=float, name="value") -> dict:
@@ -619,11 +614,10 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     reference, parts, completions = lab.reference, [], []
     reference.head.to(lab.device)
     for (_, q, losses), state in zip(score_text(model, lab), reference.states):
-        state = state.to(lab.device, non_blocking=True)
-        p = apply_head(reference.head, reference.output, state)
-        parts.append(torch.stack([losses, *compare(p, q)]))
+        p = apply_head(reference.head, reference.output, state.to(lab.device))
+        parts.append(torch.stack([losses, *compare(p, q)]).cpu())
     reference.head.cpu()
-    losses, kld, agrees = torch.cat(parts, dim=1).cpu().view(3, len(lab.windows), -1)
+    losses, kld, agrees = torch.cat(parts, dim=1).view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
     for prompt, made, wanted in zip(PROMPTS, mine, reference.completions):
         differs = [a != b for a, b in zip_longest(made, wanted)]
@@ -673,8 +667,8 @@ It is what is left on a CPU, and where layers do not compile (sliding windows, s
 caps, some experts). Compare it with its like; `runs_as` tells.
 
 The first three graphs of a process replay up to 17 % faster than all do once a fourth
-is recorded (on an H200), and now and then that starts over once all are dropped. A
-server has dozens; so sixteen are recorded for nothing before each timing."""
+is recorded (on an H200); why is not known, and once it was seen to start over. Servers
+record dozens; so does this, before each timing."""
 
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
@@ -823,7 +817,7 @@ ROW = dict.fromkeys("""
     perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
     load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
     decode_tok_s decode copy_bandwidth prompt_tokens runs_as fingerprint""".split())
-SCHEMA = 6  # Raised when keys go or measuring changes: older results are refused.
+SCHEMA = 6  # Raised when keys go: older results are refused.
 MAY_DIFFER = "variants", "output_dir", "fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
@@ -1771,11 +1765,12 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
         if layer := re.search(r"layers\.(\d+)\.", line):
             bar.update((int(layer[1]) - bar.n) % layers)
     logger.configure(handlers=[dict(sink=follow, level="INFO")])
+    square = F.mse_loss
+    def sum_squares(x, y, **named):  # AWQ's, in float16, overflow: llm-compressor#2213.
+        return square(x.float(), y.float(), **named)
     # What was traced would stay in a table of torch.fx, and keep the model for ever.
-    def sum_squares(x, y, mse=F.mse_loss, **named):
-        return mse(x.float(), y.float(), **named)
     with (create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch),
-          patch.object(F, "mse_loss", sum_squares),  # In float16, AWQ's overflow.
+          patch.object(F, "mse_loss", sum_squares),
           show_progress("calibrating", range(layers * passes)) as bar):
         yield lines
 

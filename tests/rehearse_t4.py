@@ -2,15 +2,18 @@
 
     python tests/rehearse_t4.py --model FOLDER [other options of quant_lab.py]
 
-- PyTorch reports a T4: capability 7.5, no bfloat16, 40 multiprocessors, 15 GB of memory, of
-  which no more is given.
+- PyTorch reports a T4 to Python: capability 7.5, no bfloat16, 40 multiprocessors, 15 GB of
+  memory, of which no more is given. What PyTorch's own C++ and cuBLAS choose is for the GPU
+  there is.
 - Triton compiles for SM 7.5, with 64 KB of shared memory a program. Its PTX is assembled for
   the GPU there is, as drivers do with PTX that is older than the GPU.
 - PyTorch's flash and cuDNN attention, which a T4 lacks, are switched off.
 - Two cores; the run ends if its resident memory, with its children's, is seen above the 12.7 GB
-  of Colab's host.
+  of Colab's host. Inductor compiles in this process, where Colab's would start two more.
 
-It does not show a T4's speed: that moves 0.32 TB/s, and cuBLAS has kernels of its own for it.
+It does not show a T4's speed. What the clock says of one stands at the end: as if all that the
+GPU does took as many times longer as its memory is slower, with the host going on meanwhile, and
+with the host waiting.
 """
 
 import os
@@ -26,6 +29,7 @@ import psutil
 import torch
 
 CORES, HOST, GPU = 2, 12.7e9, 15e9
+SLOWER = 4.8 / 0.32  # TB/s of an H200 and of a T4, by their data sheets.
 OWN = {"row_kernel", "tile_kernel", "attend_kernel", "combine_kernel"}  # tile_kernel is no T4's.
 SHARED = 65_536  # Bytes that a program may have.
 T4 = dict(major=7, minor=5, total_memory=int(GPU), multi_processor_count=40,
@@ -77,10 +81,17 @@ def pretend() -> tuple[str, list[str]]:
 
 
 def watch(peak: dict) -> None:
-    """Note the most memory seen, of this process with its children; end it above Colab's."""
-    this = psutil.Process()
+    """Note the most memory seen, of this process with its children; end it above Colab's.
+
+    And the seconds that the GPU was busy (NVML), and what they are to a T4.
+    """
+    this, last = psutil.Process(), time.time()
     while True:
         peak["looks"] += 1
+        spent, busy = time.time() - last, torch.cuda.utilization() / 100
+        last += spent
+        peak["busy"] += spent * busy
+        peak["overlapping"] += spent * max(1, SLOWER * busy)
         total = 0
         for process in [this, *this.children(recursive=True)]:
             try:
@@ -100,7 +111,9 @@ def main() -> int:
     """Run the lab with the options given; return its exit code."""
     if not torch.cuda.is_available():
         sys.exit("rehearse_t4: needs an NVIDIA GPU")
-    begin, peak, code = time.time(), dict(host=0, gpu=0, looks=0), "no"
+    torch.cuda.utilization()  # Fails here, if nvidia-ml-py is missing, not in a thread.
+    begin, code = time.time(), "no"
+    peak = dict.fromkeys(("host", "gpu", "looks", "busy", "overlapping"), 0)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     torch.set_num_threads(CORES)
     for name in "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR":  # A T4's keys, other code.
@@ -114,14 +127,16 @@ def main() -> int:
     except SystemExit as end:
         code = end.code
     finally:
-        minutes = (time.time() - begin) / 60
+        minutes, busy = (time.time() - begin) / 60, peak["busy"] / 60
         own = ", ".join(sorted(set(kernels) & OWN))
         print(f"\nRehearsed on {card}: capability 7.5, {len(kernels)} kernels that Triton compiled "
               f"for SM 7.5 ({own} among them) and assembled for this GPU, {CORES} cores. Exit code "
               f"{code}, {minutes:.1f} minutes. The most of {peak['looks']} looks: "
               f"{peak['host'] / 1e9:.1f} of {HOST / 1e9} GB of the host's memory, "
-              f"{peak['gpu'] / 1e9:.1f} of {GPU / 1e9:.0f} GB of the GPU's, by PyTorch's count.",
-              flush=True)
+              f"{peak['gpu'] / 1e9:.1f} of {GPU / 1e9:.0f} GB of the GPU's, by PyTorch's count. "
+              f"The GPU was busy for {busy:.1f} minutes; {SLOWER:.0f} times slower that makes "
+              f"{peak['overlapping'] / 60:.1f} minutes if the host goes on meanwhile, "
+              f"{minutes + (SLOWER - 1) * busy:.1f} if it waits.", flush=True)
     return code
 
 

@@ -147,7 +147,7 @@ HOST = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: ca
 @pytest.mark.parametrize("name, error, step, option", [
     ("transformers.AutoModelForCausalLM.from_pretrained", GPU, "quantizing", "--model"),
     ("llmcompressor.oneshot", HOST, "quantizing", "--calibration-length"),
-    ("torch.nn.functional.cross_entropy", GPU, "scoring", "--window"),
+    ("torch.nn.functional.nll_loss", GPU, "scoring", "--window"),
     ("transformers.GenerationMixin.generate", HOST, "scoring", "--model")])
 def test_what_does_not_fit_is_a_row_that_names_the_option(
         lab, monkeypatch, capfd, name, error, step, option):
