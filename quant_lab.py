@@ -606,7 +606,7 @@ def raise_e(x: float) -> float:
     return math.exp(min(x, 709.0))  # Of more, e to the x is no float.
 
 def compare(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KLD [n], in nats, of log-probabilities; if the first choice agrees."""
+    """Return KLD [n], in nats, and if the likeliest agree, of log-probabilities."""
     return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
 
 @torch.no_grad()
