@@ -29,7 +29,7 @@ import psutil
 import torch
 
 CORES, HOST, GPU = 2, 12.7e9, 15e9
-SLOWER = 4.8 / 0.32  # TB/s of an H200 and of a T4, by their data sheets.
+BANDWIDTH = 320  # GB/s of its memory, by its data sheet.
 OWN = {"row_kernel", "tile_kernel", "attend_kernel", "combine_kernel"}  # tile_kernel is no T4's.
 SHARED = 65_536  # Bytes that a program may have.
 T4 = dict(major=7, minor=5, total_memory=int(GPU), multi_processor_count=40,
@@ -54,8 +54,13 @@ def assemble_for(capability: int):
     return names, lambda: setattr(CUDABackend, "make_cubin", assemble)
 
 
-def pretend() -> tuple[str, list[str]]:
-    """Make PyTorch and Triton take the GPU for a T4; return its name, and kernels to come."""
+def pretend() -> tuple[str, list[str], float]:
+    """Make PyTorch and Triton take the GPU for a T4.
+
+    Returns its name, the kernels to come, and how many times faster its memory is.
+    """
+    from triton.testing import get_dram_gbps
+    faster = get_dram_gbps() / BANDWIDTH
     real = torch.cuda.get_device_properties(0)
     known = {name: getattr(real, name) for name in dir(real) if name[0] != "_"}
     known |= T4 | dict(name=f"{real.name} as a T4")
@@ -77,10 +82,10 @@ def pretend() -> tuple[str, list[str]]:
     driver.active.get_device_capability = torch.cuda.get_device_capability
     driver.active.utils.get_device_properties = lambda device: sizes(device) | dict(
         max_shared_mem=SHARED, multiprocessor_count=T4["multi_processor_count"])
-    return real.name, assemble_for(10 * real.major + real.minor)[0]
+    return real.name, assemble_for(10 * real.major + real.minor)[0], faster
 
 
-def watch(peak: dict) -> None:
+def watch(peak: dict, faster: float) -> None:
     """Note the most memory seen, of this process with its children; end it above Colab's.
 
     And the seconds that the GPU was busy (NVML), and what they are to a T4.
@@ -91,7 +96,7 @@ def watch(peak: dict) -> None:
         spent, busy = time.time() - last, torch.cuda.utilization() / 100
         last += spent
         peak["busy"] += spent * busy
-        peak["overlapping"] += spent * max(1, SLOWER * busy)
+        peak["overlapping"] += spent * max(1, faster * busy)
         total = 0
         for process in [this, *this.children(recursive=True)]:
             try:
@@ -118,8 +123,8 @@ def main() -> int:
     torch.set_num_threads(CORES)
     for name in "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR":  # A T4's keys, other code.
         os.environ[name] = tempfile.mkdtemp()
-    card, kernels = pretend()
-    threading.Thread(target=watch, args=[peak], daemon=True).start()
+    card, kernels, faster = pretend()
+    threading.Thread(target=watch, args=[peak, faster], daemon=True).start()
     sys.argv[0] = str(Path(__file__).parents[1] / "quant_lab.py")
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -134,9 +139,9 @@ def main() -> int:
               f"{code}, {minutes:.1f} minutes. The most of {peak['looks']} looks: "
               f"{peak['host'] / 1e9:.1f} of {HOST / 1e9} GB of the host's memory, "
               f"{peak['gpu'] / 1e9:.1f} of {GPU / 1e9:.0f} GB of the GPU's, by PyTorch's count. "
-              f"The GPU was busy for {busy:.1f} minutes; {SLOWER:.0f} times slower that makes "
-              f"{peak['overlapping'] / 60:.1f} minutes if the host goes on meanwhile, "
-              f"{minutes + (SLOWER - 1) * busy:.1f} if it waits.", flush=True)
+              f"The GPU was busy for {busy:.1f} minutes; {faster:.1f} times slower, as memory is, "
+              f"the whole takes {peak['overlapping'] / 60:.1f} minutes if the host goes on "
+              f"meanwhile, {minutes + (faster - 1) * busy:.1f} if it waits.", flush=True)
     return code
 
 
