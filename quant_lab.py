@@ -1452,9 +1452,10 @@ For one token (of INT4 for a few) `row_kernel` multiplies a row by any format. I
 a trick: read as float32, an integer n below 2^23 is the number n * 2^-149. So four bits
 need only a mask: what their place adds, 16^i, is taken off the input beforehand, and a
 factor of 2^100 keeps products normal. The 8 that is added to each stored weight is
-subtracted once, as 8 times the sum of inputs. For INT8, `dp4a` makes four products and
-their sum in one instruction. Rounding a row of FP8 costs a kernel of its own where none
-before can do it: if weights are few, each program does it for itself (`ROUND`).
+subtracted once, as 8 times the sum of inputs. FP8 below SM 8.9 is converted by moving
+bit fields, as in `dequantize`. For INT8, `dp4a` makes four products and their sum in
+one instruction. Rounding a row of FP8 costs a kernel of its own where none before can
+do it: if weights are few, each program does it for itself (`ROUND`).
 
 For several tokens, `tile_kernel` multiplies a tile of weights by one of inputs, while
 the next are being read. INT4 is put behind the bits of 1024 (of 128 in bfloat16), where
@@ -1923,7 +1924,8 @@ if __name__ == "__main__":
 """## Baseline
 
 The model in `--dtype`, saved and loaded again. A ratio of 1, a KLD of 0 and all tokens
-the same show that the measurement repeats exactly; what differs is its noise."""
+the same show that the measurement repeats exactly; else it is noise, and no difference
+smaller than that counts below."""
 
 # %%
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ BASE, FP8, INT4, INT8 = ("00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16",
 CONTROL = "rtn_w4a16"
 
 
-def read(name):
-    return json.loads((ROOT / "results" / name / "results.json").read_text("utf-8"))
+render_readme = load_by_path("render_readme")
+read = render_readme.read_results
 
 
 @pytest.fixture(params=COMMITTED[:3])  # Of the four default variants, all finished.
@@ -105,12 +105,12 @@ def test_committed_renderings_are_those_of_the_results(name):
     folder, results = ROOT / "results" / name, read(name)
     assert results["schema"] == quant_lab.SCHEMA
     if name != "demo-cpu":  # A GPU is not always at hand: of which commit are they?
-        readme = ROOT / "results" / name.split("/")[0] / "README.md"
+        readme = ROOT / "results" / name.partition("/")[0] / "README.md"
         assert re.search("at commit [0-9a-f]{7}", readme.read_text("utf-8"))
     assert (folder / "summary.md").read_text("utf-8") == quant_lab.render_summary(results)
     for row in results["variants"]:
         card = folder / "checkpoints" / row["label"] / "README.md"
-        if row["status"] == "ok" and (folder / "checkpoints").exists():
+        if name in ("demo-cpu", "h200-smollm2-135m") and row["status"] == "ok":
             assert card.read_text("utf-8") == quant_lab.render_model_card(row, results)
     assert (folder / "summary.png").stat().st_size > 10_000
 
@@ -118,11 +118,33 @@ def test_committed_renderings_are_those_of_the_results(name):
 def test_readme_shows_the_committed_results():
     """Compare; stale? `python tests/render_readme.py` writes it anew."""
     text = (ROOT / "README.md").read_text("utf-8")
-    assert load_by_path("render_readme").render_readme(text) == text
+    assert render_readme.render_readme(text) == text
     for name in COMMITTED:
-        folder = name.removesuffix("/seed-7")
-        assert re.search(f"<!-- ({'seeds' if folder != name else 'tables|speed'}) {folder} -->", text)
+        folder, _, seed = name.partition("/")
+        assert re.search(f"<!-- ({'seeds' if seed else 'tables|speed'}) {folder} -->", text)
     assert "<!-- picture demo-cpu -->" in text and "results/demo-cpu/summary.png" in text
+
+
+def test_the_table_of_the_rehearsal_follows_from_its_looks():
+    """Seconds of each step, those that the GPU was busy, and what both are to a T4."""
+    folder, steps, slower = ROOT / "results" / "t4-rehearsal", {}, 15
+    begins = [(re.search(r"^[\d:]+", line)[0], line.split("s  ")[-1].strip()) for line in (
+        folder / "printed.txt").read_text("utf-8").split("\n") if re.search(r" \d+ s  ", line)]
+    looks = [line.split() for line in (folder / "looks.csv").read_text("utf-8").splitlines()]
+    for look, following in zip(looks, looks[1:]):
+        step = max((x for x in begins if x[0] <= look[0]), default=("", "start, set-up"),
+                   key=lambda x: x[0])[1]
+        spent, busy = float(following[1]) - float(look[1]), int(look[2]) / 100
+        sums = steps.setdefault(step, [0, 0, 0, 0])
+        for place, x in enumerate((1, busy, max(1, slower * busy), 1 + (slower - 1) * busy)):
+            sums[place] += spent * x
+    assert len(begins) == 13
+    wanted = [*steps.values(), [sum(column) for column in zip(*steps.values())]]
+    table = (folder / "README.md").read_text("utf-8").partition("| --- |")[2]
+    found = [numbers(row) for row in re.findall(r"^\|[^|]*[a-z][^|]*(\|.*)", table, re.M)]
+    for row, sums in zip(found, wanted, strict=True):
+        for shown, x, digits in zip(row, sums, (1, 1, 0, 0), strict=True):
+            assert shown == pytest.approx(x, abs=0.51 * 10**-digits)
 
 
 def test_the_table_of_7b_is_what_was_printed():

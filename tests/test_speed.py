@@ -188,27 +188,28 @@ def test_the_baseline_says_that_it_runs_through_the_kernel_too(models, monkeypat
 def test_integer_product_equals_the_simulated_one(models):
     """Multiply INT8 by _int_mm, also the few rows that have to be padded.
 
-    Each Linear agrees to 1e-3, and the logits of many tokens to far less: the last bit of
-    one layer may tip a rounding of the next (of 8 of 16 tokens where quantizing came out
-    otherwise by a bit). In float16 that is common, hence float32.
+    Each Linear agrees, to 1e-3 in float16, and the logits of most tokens to far less: the
+    last bit of one layer may tip a rounding of the next. In float16 that is common, hence
+    float32.
     """
-    folder = models["03_smoothquant_w8a8", True]
+    folder, apart = models["03_smoothquant_w8a8", True], []
     emulated, packed = (load(folder, on, (7, 5), "float32") for on in (False, True))
     for shape in ((1, 2), (1, 16), (1, 17), (2, 40)):
         ids = 5 + torch.arange(shape[0] * shape[1]).view(shape)
         wanted, logits = emulated(ids).logits, packed(ids).logits
-        errors = (logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)
-        assert errors.quantile(0.25) < 1e-5 and errors.max() < 0.05
-    emulated, packed = (load(folder, on, (7, 5)) for on in (False, True))
-    names = [name for name, module in emulated.named_modules()
-             if getattr(module, "quantization_scheme", None)]
-    emulated(ids)
-    assert len(names) == 14
-    for name in names:
-        linear = emulated.get_submodule(name)
-        x = torch.randn(1, 20, linear.in_features).half()
-        wanted, found = linear(x).float(), packed.get_submodule(name)(x).float()
-        assert (found - wanted).norm() / wanted.norm() < 1e-3
+        apart.append(((logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)).flatten())
+    assert torch.cat(apart).median() < 1e-5 and torch.cat(apart).max() < 0.05
+    for dtype, bound in ("float32", 1e-6), ("float16", 1e-3):
+        emulated, packed = (load(folder, on, (7, 5), dtype) for on in (False, True))
+        names = [name for name, module in emulated.named_modules()
+                 if getattr(module, "quantization_scheme", None)]
+        emulated(ids)
+        assert len(names) == 14
+        for name in names:
+            linear = emulated.get_submodule(name)
+            x = torch.randn(1, 20, linear.in_features).to(getattr(torch, dtype))
+            wanted, found = linear(x).float(), packed.get_submodule(name)(x).float()
+            assert (found - wanted).norm() / wanted.norm() < bound, (dtype, name)
 
 
 @pytest.mark.parametrize("label", ALL)
