@@ -26,6 +26,7 @@ import contextlib
 import gzip
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import logging
 import math
@@ -45,16 +46,15 @@ import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, field, fields
-from difflib import get_close_matches
 from enum import Enum
 from functools import partial
-from itertools import product, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import psutil
 import torch
+from accelerate.utils import release_memory
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -132,10 +132,9 @@ def build_recipe(label: str, options) -> list:
 # %% [markdown]
 """## Options
 
-Each option stands here once, with a remark on when to change it. What is typed wins
-over what `--demo` presets. Of a label a part is enough: `--variants fp8 w4a16` looks
-among the four first, then among all; the baseline always runs, as all stands beside
-it. A notebook takes its words from `%env QUANT_LAB_ARGS=--demo`."""
+What is typed wins over what `--demo` presets. Of a label a part is enough: `--variants
+fp8 w4a16` looks among the four first, then among all; the baseline always runs, as all
+stands beside it. A notebook takes its words from `%env QUANT_LAB_ARGS=--demo`."""
 
 # %%
 ULTRACHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k", "Salesforce/wikitext"
@@ -187,15 +186,16 @@ class Options:
     device: str = option("auto", "cpu runs anywhere", choices=("auto", "cuda", "cpu"))
     seed: int = option(42, "to see what the choice of chats changes", 0, 2**32 - 1)
     plain_text: bool = option(False, "no chat template, for a base model")
+    vllm: str = option("", "python of an environment with vLLM, to measure there, too")
     demo: bool = option(False, "tiny model and text beside this: no GPU, no network")
     fresh: bool = option(False, "forget finished work in the output folder")
 
-# %%
 def read_words() -> list[str]:
     with usable("QUANT_LAB_ARGS", "", "write it as on a command line"):
         return (shlex.split(os.environ.get("QUANT_LAB_ARGS", "")) if IN_NOTEBOOK
                 else sys.argv[1:])
 
+# %%
 def find_label(word: str) -> str:
     for labels in VARIANTS.keys() & {word}, DEFAULT, VARIANTS:
         matches = [label for label in labels if word.lower() in label]
@@ -215,10 +215,7 @@ def parse_options(words: list[str]) -> Options:
         parser.add_argument(flag, default=f.default, help=f.metadata["help"], **form)
     if "--demo" in words:
         parser.set_defaults(**DEMO)
-    given, unknown = parser.parse_known_args(words)
-    if unknown:
-        close = get_close_matches(unknown[0], flags, 1) or ["--help"]
-        stop(f"{unknown[0]}: no such option; did you mean {close[0]}?")
+    given = parser.parse_args(words)
     parts = ",".join(given.variants).split(",")
     labels = {BASELINE, *(VARIANTS if "all" in parts else map(find_label, parts))}
     given.variants = tuple(label for label in VARIANTS if label in labels)
@@ -249,8 +246,8 @@ def choose_device(options: Options) -> torch.device:
 
 From the hub comes only what is needed: the model's safetensors and tokenizer, the test
 split of WikiText, the beginning of UltraChat. Of Parquet files only the row groups in
-question are read (`load_dataset` reads whole shards, and its streaming can abort on
-exit: datasets#7566) and kept in the hub's cache. Code of a model never runs.
+question are read (`load_dataset` reads whole shards; streamed, it can abort on exit:
+datasets#7566) and kept in the hub's cache. Code of a model never runs.
 
 *Calibration* chats, in the model's chat template, are what GPTQ and SmoothQuant look
 at: 256 conversations, drawn with `--seed` from the first 1,024, each cut to 1,024
@@ -312,7 +309,6 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
         stop(f"--new-tokens {options.new_tokens}: too many for a context of {context}")
     return folder, tokenizer, context, prompts
 
-# %%
 def fetch(files: str, column: str, rows: int = 2**20) -> list:
     """Return the first rows of the hub's first Parquet file that a pattern names."""
     from huggingface_hub import HfFileSystem, cached_assets_path
@@ -324,6 +320,7 @@ def fetch(files: str, column: str, rows: int = 2**20) -> list:
         write_json(kept, batch.to_pydict())
     return read_json(kept)[column]
 
+# %%
 def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
     """Return a chat's format and its turns, or text as it is; ValueError if unknown."""
     forms = "messages", "conversations", "prompt completion", "text"
@@ -417,17 +414,14 @@ def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, 
 
 Load the model, build the recipe, `oneshot`, save, hash, rename. Each modifier of a
 [llmcompressor](https://docs.vllm.ai/projects/llm-compressor) recipe takes its own pass
-over the chats, layer by layer. With each 40 chats one more of like length goes along,
-up to eight at once, cut to the shortest of them: of 256 that costs 1.4 % of the tokens,
-and W4A16 takes a third of the time (H200). `lab` is what runs share (see `set_up`).
+over the chats, layer by layer, up to eight of like length at once, cut to the shortest:
+of 256 that costs 1.4 % of the tokens, and W4A16 takes a third of the time (H200).
 
 - **MB, size**: bytes of the safetensors, in units of 10^6, and over the baseline's.
-- **quantize s**: the recipe with its calibration, without loading and saving. With
-  SmoothQuant or AWQ it includes the proof that smoothing changed nothing.
+- **quantize s**: the recipe with its calibration, without loading and saving.
 
-Layers whose matrix GPTQ cannot invert are rounded to nearest: they are counted from
-llmcompressor's log, and the verdict warns of them and repeats the row's `notes`. A
-checkpoint is refused if transformers does not read every weight of it again."""
+Layers whose matrix GPTQ cannot invert are rounded to nearest; the verdict counts them.
+A checkpoint is refused if transformers does not read every weight of it again."""
 
 # %%
 def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
@@ -441,7 +435,7 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     torch.manual_seed(lab.options.seed)
     model = place_model(lab.model_folder, lab.options, torch.device("cpu"))
     recipe = build_recipe(label, lab.options)
-    with llmcompressor_session(lab, model, len(recipe)) as log:
+    with llmcompressor_session(model, len(recipe)) as log:
         if recipe:
             fit_groups(recipe, model, lab.options, row)
             start = now()
@@ -499,11 +493,10 @@ interval is far narrower than that of perplexity itself.
 **KLD**: Kullback-Leibler divergence D(reference || variant) of the next-token
 distributions, in nats, over the whole vocabulary. In perplexity a token that became
 more likely pays for one that became less likely; in KLD both count, which makes it the
-most sensitive figure here. It is taken at every token, in float32 (off by some 1e-6; a
-T4 is slow in float64). What waits in the host's memory are the reference's last hidden
-states (0.54 GB for WikiText-2 at 0.5B; logits would be 90 GB), so two models never have
-to fit on a GPU at once. Its own head turns them into logits again, in the same slices:
-the same figures make a KLD of exactly 0. **Top-1**: how often the first choice agrees.
+most sensitive figure here. It is taken at every token, in float32 (off by some 1e-6).
+What waits in the host's memory are the reference's last hidden states (0.54 GB at 0.5B;
+logits would be 90 GB), so two models never have to fit on a GPU. Its own head turns
+them into logits again. **Top-1**: how often the first choice agrees.
 
 **Tokens**: how many of a greedy completion go by before the first that differs from the
 reference's, of eight prompts, padded to one batch: read them, do not rank by it.
@@ -517,7 +510,7 @@ sums over clusters (Cochran, *Sampling Techniques*, 1977, section 6.3) times Stu
 covers .93 at 20 windows and .94 at 146; below 12 there is none."""
 
 # %%
-CHUNK, FEWEST = 128, 12  # Tokens at once; windows that an interval needs.
+CHUNK, FEWEST = 128, 12  # Tokens at once, or memory lacks; windows of an interval.
 
 def find_decoder(model):
     decoder = model.get_decoder()
@@ -537,35 +530,24 @@ def score_text(model, lab: SimpleNamespace):
     for ids in show_progress("scoring", lab.windows.to(model.device)):
         output = find_decoder(model)(input_ids=ids[None], use_cache=False)
         states = output.last_hidden_state[0, lab.unscored - 1 : -1].split(CHUNK)
-        # In chunks: 2,048 x 151,936 logits take 1.2 GB in float32.
         for hidden, wanted in zip(states, ids[lab.unscored :].split(CHUNK)):
             q = apply_head(model, output, hidden)
             if not q.amin().isfinite():
                 raise FloatingPointError("logits are not finite: try another --dtype")
             yield hidden, q, F.nll_loss(q, wanted, reduction="none").double()
 
-# %%
-def generate(model, ids: Tensor, mask: Tensor, new_tokens: int, ends, visit):
-    """Continue ids [batch, n], greedy; `visit` gets the prompts, then each token."""
-    from transformers import GenerationConfig
-    # Or the model's own settings may ask for sampling, or a repetition penalty.
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
-    return model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=new_tokens,
-        streamer=SimpleNamespace(put=visit, end=lambda: None),
-        return_dict_in_generate=True)
-
 def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
-    """Return completions of lab.prompts, ids [1, n] each, up to what ends them."""
+    """Return greedy completions of lab.prompts, lists of ids, up to what ends each."""
+    from transformers import GenerationConfig
     ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
-    prompts = [ids[0] for ids in lab.prompts]
-    ids, mask = (pad_sequence(some, batch_first=True, padding_side="left")
-                 for some in (prompts, [torch.ones_like(x) for x in prompts]))
-    with show_progress("completing", range(1 + lab.options.new_tokens)) as bar:
-        output = generate(model, ids.to(model.device), mask.to(model.device),
-                          lab.options.new_tokens, ends, lambda _: bar.update())
+    # The model's own settings may ask for sampling, or for a repetition penalty.
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
+    ids = pad_sequence([x[0] for x in lab.prompts], True, -1, "left").to(model.device)
+    output = model.generate(
+        input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), do_sample=False,
+        max_new_tokens=lab.options.new_tokens)
     completions = []
-    for made in output.sequences[:, ids.shape[1]:].tolist():
+    for made in output[:, ids.shape[1]:].tolist():
         is_end = [token in tree_leaves(ends) for token in made]  # Padding follows.
         completions.append(made[: 1 + is_end.index(True)] if any(is_end) else made)
     return completions
@@ -609,9 +591,21 @@ def compare(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Return KLD [n], in nats, and if the likeliest agree, of log-probabilities."""
     return (p.exp() * (p - q)).sum(-1), p.argmax(-1) == q.argmax(-1)
 
+def compare_completions(mine: list, wanted: list, lab: SimpleNamespace) -> dict:
+    """Return completions, lists of ids, as text, and how many tokens are the same."""
+    completions = []
+    for prompt, made, other in zip(PROMPTS, mine, wanted):
+        same = len(os.path.commonprefix([made, other]))
+        same = lab.options.new_tokens if made == other else same
+        text = lab.tokenizer.decode(made, skip_special_tokens=True)
+        completions.append(dict(prompt=prompt, completion=text, same_tokens=same))
+    lengths = [one["same_tokens"] for one in completions]
+    return dict(median=statistics.median(lengths), min=min(lengths), max=max(lengths),
+                completions=completions)
+
 @torch.no_grad()
 def measure_quality(model, lab: SimpleNamespace) -> dict:
-    reference, parts, completions = lab.reference, [], []
+    reference, parts = lab.reference, []
     reference.head.to(lab.device)
     for (_, q, losses), state in zip(score_text(model, lab), reference.states):
         p = apply_head(reference.head, reference.output, state.to(lab.device))
@@ -619,12 +613,6 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     reference.head.cpu()
     losses, kld, agrees = torch.cat(parts, dim=1).view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
-    for prompt, made, wanted in zip(PROMPTS, mine, reference.completions):
-        differs = [a != b for a, b in zip_longest(made, wanted)]
-        same = differs.index(True) if any(differs) else lab.options.new_tokens
-        text = lab.tokenizer.decode(made, skip_special_tokens=True)
-        completions.append(dict(prompt=prompt, completion=text, same_tokens=same))
-    lengths = [one["same_tokens"] for one in completions]
     cuts = kld.flatten().quantile(kld.new_tensor([0.5, 0.99, 0.999])).tolist()
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
@@ -634,8 +622,7 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
         kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
             median=cuts[0], p99=cuts[1], p999=cuts[2], max=kld.max().item(),
             tokens=kld.numel(), windows=kld.mean(1).tolist()),
-        divergence=dict(median=statistics.median(lengths), min=min(lengths),
-                        max=max(lengths), completions=completions))
+        divergence=compare_completions(mine, reference.completions, lab))
 
 # %% [markdown]
 """## Speed
@@ -645,8 +632,8 @@ go through each weight, and arithmetic is what one waits for. *Decoding* then ma
 token a step: every step reads all weights for a single row, and bytes are what one
 waits for. That is why fewer bits can make decoding faster and prefill slower.
 
-A prompt of 512 tokens of the evaluation text is continued by exactly `--new-tokens`
-tokens, greedy, whatever the model's own settings ask for, so no variant ends early.
+A prompt of 512 tokens of the evaluation text is continued by exactly `--new-tokens`,
+greedy, whatever the model's own settings ask for, so no variant ends early.
 
 - **TTFT**: time to the first token, the prefill. **Latency**: that and all new tokens.
 - **tokens/s**, **batch n**: tokens after the first over the seconds they take, for one
@@ -661,14 +648,13 @@ is the median (least-greatest). Where the greatest is over 1.3 times the least, 
 machine was busy with something else: the figure is marked *noisy*, and not ranked.
 
 Decoding is what servers do, as far as PyTorch goes: a static cache, tokens that never
-leave the GPU, compiled decoder layers, prefill and step as CUDA graphs. `generate`
-would start each of hundreds of kernels from Python, and at this size measure Python.
-It is what is left on a CPU, and where layers do not compile (sliding windows, soft
-caps, some experts). Compare it with its like; `runs_as` tells.
+leave the GPU, compiled decoder layers, prefill and step as CUDA graphs. Else hundreds
+of kernels would each be started from Python, and at this size one would measure Python.
+On a CPU, and where layers do not compile (sliding windows, soft caps, some experts),
+that is what is left. Compare it with its like; `runs_as` tells.
 
 The first three graphs of a process replay up to 17 % faster than all do once a fourth
-is recorded (on an H200); why is not known, and once it was seen to start over. Servers
-record dozens; so does this, before each timing."""
+is recorded (H200; why is not known). Servers record dozens; so does this."""
 
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
@@ -682,20 +668,14 @@ def now() -> float:
 def summarize(x: list[float]) -> dict:
     return dict(median=statistics.median(x), min=min(x), max=max(x), samples=x)
 
-class Generator:
-    """Continue prompts, ids [batch, n], as plain transformers does."""
-    def __init__(self, model, prompts: Tensor, new_tokens: int):
-        self.model, self.prompts, self.cache = model, prompts, []
+def summarize_runs(batch: int, steps: int, runs: list) -> tuple[dict, dict]:
+    """Return TTFT with latency, and decoding, of seconds to first and last token."""
+    itl = [(last - first) / steps for first, last in runs]
+    return (dict(ttft_s=summarize([first for first, _ in runs]),
+                 latency_s=summarize([last for _, last in runs])),
+            dict(batch=batch, tok_s=summarize([batch / x for x in itl]),
+                 itl_ms=summarize([1000 * x for x in itl])))
 
-    def run(self, steps: int) -> tuple[float, float]:
-        """Return seconds of the prefill and of the steps."""
-        times = []
-        output = generate(self.model, self.prompts, torch.ones_like(self.prompts),
-                          steps + 1, None, lambda _: times.append(now()))
-        self.cache = getattr(output.past_key_values, "layers", [])
-        return times[1] - times[0], times[-1] - times[1]
-
-# %%
 def record(work):
     """Return a function that replays the work, recorded as a CUDA graph."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -703,55 +683,62 @@ def record(work):
         work()
     return graph.replay
 
-def record_many(device: torch.device) -> None:
-    """Record graphs, as a server does: those of a process with few replay faster."""
-    x = torch.zeros(1, device=device)
-    for _ in range(16):
-        record(lambda: [x.add_(1) for _ in range(1000)])()
-
+# %%
 class Decoder:
-    """Continue prompts in tensors that stay where they are, on a GPU as CUDA graphs."""
-    def __init__(self, model, prompts: Tensor, new_tokens: int):
-        from transformers.cache_utils import StaticLayer
-        self.model, self.alone, self.start = model, len(prompts) == 1, prompts.shape[1]
+    """Continue prompts [batch, n] in tensors of fixed size, compiled as CUDA graphs."""
+    def __init__(self, model, prompts: Tensor, new_tokens: int, compiled: bool):
+        from transformers.cache_utils import Cache, StaticCache, StaticLayer
+        self.model, self.start, self.masks = model, prompts.shape[1], None
         length = math.ceil((self.start + new_tokens) / 16) * 16  # SDPA wants that.
+        self.cache = StaticCache(model.config, length)
+        if compiled:  # Every layer keeps all places, over a row of what each may see.
+            layers = find_decoder(model).layers
+            self.cache = Cache(layers=[StaticLayer(length) for _ in layers])
+            size = 1, 1, length, length
+            self.masks = prompts.new_full(size, -math.inf, dtype=model.dtype).triu(1)
         self.token = prompts[:, -1:].clone()
         places = torch.arange(self.start, device=prompts.device)
-        self.prefill = partial(self.advance, prompts, places, None)
+        self.prefill = partial(self.advance, prompts, places)
         self.position = places[-1:] + 1
-        size = 1, 1, length, length  # A row for each place, over what it may see.
-        self.masks = prompts.new_full(size, -math.inf, dtype=model.dtype).triu(1)
-        self.cache = [StaticLayer(length) for _ in find_decoder(model).layers]
         self.prefill()  # Makes the tensors of the cache.
-        self.first = self.token.clone()
+        if not self.cache.get_seq_length():
+            raise ValueError("this model takes no static cache")
         self.run(2)  # Compiles, and warms up.
         if prompts.is_cuda:
-            record_many(prompts.device)
             torch.cuda.reset_peak_memory_stats()
+        if compiled and prompts.is_cuda:
+            x = torch.zeros(1, device=prompts.device)
+            for _ in range(16):  # As many as a server has: those of few replay faster.
+                record(lambda: [x.add_(1) for _ in range(1000)])()
             self.step = record(self.step)
-            self.prefill = record(self.prefill) if self.alone else None
+            self.prefill = record(self.prefill) if len(prompts) == 1 else self.prefill
 
-    def advance(self, ids, places, mask) -> None:
+    def advance(self, ids: Tensor, places: Tensor) -> None:
+        mask = None if self.masks is None else self.masks[:, :, places]
         output = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1,
                             position_ids=places[None], past_key_values=self.cache)
         self.token.copy_(output.logits[:, -1:].argmax(-1))
 
     def step(self) -> None:
-        self.advance(self.token, self.position, self.masks[:, :, self.position])
+        self.advance(self.token, self.position)
         self.position += 1
 
     def run(self, steps: int) -> tuple[float, float]:
-        self.token.copy_(self.first)
+        """Return seconds to the first token, of the prefill, and to the last."""
+        self.cache.reset()
         self.position.fill_(self.start)
-        for layer in self.cache:  # Tokens that it holds.
-            layer.cumulative_length.fill_(0 if self.alone else self.start)
         start = now()
-        if self.alone:
-            self.prefill()
-        prefilled = now()
+        self.prefill()
+        first = now()
         for _ in range(steps):
             self.step()
-        return prefilled - start, now() - prefilled
+        return first - start, now() - start
+
+def cut_prompts(lab: SimpleNamespace) -> Tensor:
+    """Return prompts [largest batch, 512] of the text, which is repeated if short."""
+    size = max(lab.options.batch_sizes), min(512, lab.context - lab.options.new_tokens)
+    ids = lab.windows[:, lab.unscored :].flatten()
+    return ids[torch.arange(math.prod(size)) % len(ids)].view(size)
 
 # %%
 @torch.no_grad()
@@ -767,13 +754,10 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
     weights = model.get_memory_footprint() - (0 if tied else embedding.weight.nbytes)
     if compiled:
         compile_layers(model)
-    elif prompts.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
     for batch in show_progress("timing", options.batch_sizes):
         decoder, begin = None, now()  # Frees the one before.
         try:
-            kind = Decoder if compiled else Generator
-            decoder = kind(model, prompts[:batch], options.new_tokens)
+            decoder = Decoder(model, prompts[:batch], options.new_tokens, compiled)
             preparing += now() - begin
             warm_up, *runs = [decoder.run(steps) for _ in range(1 + options.repeats)]
         except Exception as error:
@@ -781,20 +765,131 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
                 raise
             decode.append(dict.fromkeys(decode[0]) | dict(batch=batch, error="OOM"))
             continue
-        first = first or dict(
-            ttft_s=summarize([prefill for prefill, _ in runs]),
-            latency_s=summarize([sum(run) for run in runs]),
+        waits, figures = summarize_runs(batch, steps, runs)
+        first = first or waits | dict(
             peak_memory_bytes=torch.cuda.max_memory_allocated() or None)
-        itl = [seconds / steps for _, seconds in runs]
-        cached = [x for layer in decoder.cache for x in vars(layer).values()]
+        cached = [x for layer in decoder.cache.layers for x in vars(layer).values()]
         read = weights + sum(x.nbytes for x in cached if isinstance(x, Tensor))
-        decode.append(dict(
-            batch=batch, tok_s=summarize([batch / x for x in itl]),
-            itl_ms=summarize([1000 * x for x in itl]), step_bytes=read,
-            bandwidth_fraction=read / statistics.median(itl) / bandwidth))
+        reached = 1000 * read / figures["itl_ms"]["median"]  # Bytes per second.
+        decode.append(figures | dict(
+            step_bytes=read, bandwidth_fraction=reached / bandwidth))
     return first | dict(
         decode=decode, decode_tok_s=decode[0]["tok_s"], copy_bandwidth=bandwidth,
         prompt_tokens=prompts.shape[1], compile_seconds=preparing if compiled else None)
+
+# %% [markdown]
+"""## As served
+
+What one deploys is a server, whose kernels may rank the formats in another order.
+`--vllm PYTHON` names the interpreter of an environment that has vLLM (its pins differ
+from llmcompressor's: it can never be this one). There each checkpoint, in a process of
+its own, continues the same prompts, greedy, to the same length, without prefix caching:
+by one token for TTFT, then by `--new-tokens`; what that takes longer is decoding. Which
+kernels it chose, and how many tokens its cache of keys and values holds, its log says.
+
+Those are its engine's times, without HTTP and other people's requests; for these the
+report names the arguments of its own load generator, `vllm bench serve`. It batches,
+schedules and samples on the host between steps, which a small model's step waits for.
+
+Its completions are compared with this script's: a server that reads a checkpoint
+wrongly differs from the first token on. Order must not decide: the baseline is measured
+first, and again last. If the two differ by more than 5 %, in latency or in decoding at
+any batch size, all that the server gave counts as noisy."""
+
+# %%
+PATIENCE, DRIFT = 1200, 0.05  # Seconds for a checkpoint; of the baseline's own times.
+SERVED = dict.fromkeys("""
+    engine kernel ttft_s latency_s decode kv_tokens divergence error drift""".split())
+
+def serve(model: str, prompts: list, chats: list, config: dict) -> None:
+    """Print how vLLM continues lists of ids, round 0 to warm up; runs over there."""
+    import time
+    import torch
+    import vllm
+    is_old, count = torch.cuda.get_device_capability() < (8, 0), config["new_tokens"]
+    llm = vllm.LLM(
+        model=model, dtype="float16" if is_old else config["dtype"],
+        max_model_len=max(map(len, prompts + chats)) + count, seed=config["seed"],
+        enable_prefix_caching=False)
+    def run(inputs, tokens, ignore_eos):
+        inputs, start = [dict(prompt_token_ids=x) for x in inputs], time.perf_counter()
+        outputs = llm.generate(inputs, vllm.SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=ignore_eos), use_tqdm=False)
+        return time.perf_counter() - start, [x.outputs[0].text for x in outputs]
+    rounds = [[[run(prompts[:n], tokens, True)[0] for tokens in (1, count)]
+               for n in config["batch_sizes"]] for _ in range(1 + config["repeats"])]
+    print("\nRESULT", json.dumps([rounds[1:], run(chats, count, False)[1]]), flush=True)
+
+def run_there(python: str, code: str, log: Path) -> str:
+    """Return what code prints elsewhere, also logged; ValueError if it fails."""
+    # One process, so that none is left over; what is installed here is not seen there.
+    variables = dict(PYTHONPATH="", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    with log.open("w", encoding="utf-8") as stream:
+        try:
+            done = subprocess.run(
+                [python, "-c", "import json, sys; exec(sys.stdin.read())"], text=True,
+                input=code, stdout=stream, stderr=stream, timeout=PATIENCE,
+                env=os.environ | variables)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"it was ended after {PATIENCE} s") from None
+    said = log.read_text("utf-8", errors="replace")
+    if done.returncode:
+        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", said, re.M)
+        raise ValueError((errors or said.strip().split("\n"))[-1])
+    return said
+
+def find_engine(options: Options, log: Path) -> str:
+    """Return what --vllm measures with, such as "vllm 0.26.0", or exit with 2."""
+    ask = "import torch, vllm; print(torch.cuda.is_available(), vllm.__version__)"
+    with usable("--vllm", options.vllm, "give the python of an environment with vLLM"):
+        sees_gpu, version = run_there(options.vllm, ask, log).split()[-2:]
+        if sees_gpu == "False" or [*map(int, version.split(".")[:2])] < [0, 20]:
+            raise ValueError(f"vLLM {version} (0.20 is the first), a GPU: {sees_gpu}")
+    return f"vllm {version}"
+
+# %%
+def measure_served(label: str, lab: SimpleNamespace) -> dict:
+    """Return what vLLM makes of a checkpoint, or why there is nothing."""
+    log, served = lab.output / f"vllm-{label}.log", SERVED | dict(engine=lab.engine)
+    given = json.dumps(dict(
+        model=str(lab.output / "checkpoints" / label), config=lab.head["config"],
+        prompts=cut_prompts(lab).tolist(), chats=[x[0].tolist() for x in lab.prompts]))
+    code = f"{inspect.getsource(serve)}\nserve(**json.loads({given!r}))"
+    print(f"{label:20} in {lab.engine}, for {PATIENCE} s at most", flush=True)
+    try:
+        said = run_there(lab.options.vllm, code, log)
+        rounds, texts = json.loads(re.search("^RESULT (.*)", said, re.M)[1])
+    except Exception as error:
+        return served | dict(error=f"{describe(error)}; {log.name} has more")
+    waits, decode = zip(*(
+        summarize_runs(batch, lab.options.new_tokens - 1, pairs)
+        for batch, pairs in zip(lab.options.batch_sizes, zip(*rounds))))
+    kernels = set(re.findall(r"(?:Selected|Using) (\w+) for CompressedTensors", said))
+    room = re.search(r"KV cache size: ([\d,]+) tokens", said)
+    here = [one["completion"] for one in lab.rows[label]["divergence"]["completions"]]
+    ids = [[lab.tokenizer(text).input_ids for text in some] for some in (texts, here)]
+    return served | waits[0] | dict(
+        decode=list(decode), kernel=" and ".join(sorted(kernels)) or None,
+        kv_tokens=room and int(room[1].replace(",", "")),
+        divergence=compare_completions(*ids, lab))
+
+def serve_all(lab: SimpleNamespace) -> None:
+    """Measure in vLLM what is finished and was not yet, the baseline first and last."""
+    release_memory()  # The server wants the GPU for itself.
+    rows = [row for row in lab.rows.values() if row["status"] == "ok"]
+    new = [row for row in rows if not row["served"] or row["served"]["error"]
+           or row["served"]["engine"] != lab.engine
+           or row["served"]["drift"] is None or row["served"]["drift"] > DRIFT]
+    for row in new:
+        row["served"] = measure_served(row["label"], lab)
+        write_outputs(lab)
+    twice = [lab.rows[BASELINE]["served"], measure_served(BASELINE, lab)] if new else []
+    times = [[x["latency_s"], *(one["itl_ms"] for one in x["decode"])]
+             for x in twice if x and not x["error"]]
+    for row in rows if len(times) == 2 else ():
+        drifts = [abs(b["median"] / a["median"] - 1) for a, b in zip(*times)]
+        row["served"]["drift"] = max(drifts)
+    write_outputs(lab)
 
 # %% [markdown]
 """## Rows
@@ -806,9 +901,8 @@ options, model files, texts, rendered prompts, versions, machine and number of t
 a run that differs is refused and told by what. Where only a recipe changed, its row is
 measured again when asked for; other changes of the script go unnoticed: `--fresh`.
 
-Where compiling fails, a variant is timed uncompiled: `runs_as` says so. A compiler that
-crashes ends the run: take `--no-compile` and another `--output-dir`. **compile s**:
-with warm-up and recording, for all batch sizes."""
+A compiler that crashes ends the run: take `--no-compile` and another `--output-dir`.
+**compile s**: with warm-up and recording, for all batch sizes."""
 
 # %%
 ROW = dict.fromkeys("""
@@ -816,9 +910,10 @@ ROW = dict.fromkeys("""
     rtn_fallbacks group_size smoothing notes perplexity perplexity_interval
     perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
     load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
-    decode_tok_s decode copy_bandwidth prompt_tokens runs_as fingerprint""".split())
+    decode_tok_s decode copy_bandwidth prompt_tokens runs_as served
+    fingerprint""".split())
 SCHEMA = 6  # Raised when keys go: older results are refused.
-MAY_DIFFER = "variants", "output_dir", "fresh", "memory_bytes"
+MAY_DIFFER = "variants", "output_dir", "vllm", "fresh", "memory_bytes"
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     """Return the head of results.json: all that shapes a figure."""
@@ -829,9 +924,9 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
                   window_begin=lab.tokenizer.decode(lab.begin),
                   prompts_in_the_chat_template=fingerprint(prompts),
                   chats=chats and fingerprint(hash_files(chats)))
-    versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
-    for package in "torch transformers llmcompressor compressed_tensors".split():
-        versions[package] = importlib.metadata.version(package)
+    packages = "torch transformers llmcompressor compressed_tensors".split()
+    versions = dict(python=platform.python_version(), cuda=torch.version.cuda) | {
+        package: importlib.metadata.version(package) for package in packages}
     cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
     machine = dict(name=f"{[*cpus, platform.machine()][0]}, {os.cpu_count()} cores",
                    device=lab.device.type, threads=torch.get_num_threads(), driver=None,
@@ -866,43 +961,37 @@ def take_over(lab: SimpleNamespace) -> None:
         with libraries_to(lab.output / "log.txt"), contextlib.suppress(Exception):
             recipe = repr(build_recipe(label, lab.options)), variant.calibrated
             lab.marks[label] = fingerprint(SCHEMA, conditions, recipe)
-    lab.rows = {row["label"]: row for row in rows}
+    lab.rows = {row["label"]: ROW | row for row in rows}
 
 # %%
 def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)
               and (m.kind != "dense" or label == BASELINE)]  # lm_head says nothing.
-    dtype, phases, tokens = DTYPES[options.dtype], {}, dict(prefill=prompt_tokens)
-    if not packed:
-        return " · ".join(model.unpacked) or dtype
+    dtype, tokens = DTYPES[options.dtype], dict(prefill=prompt_tokens)
     tokens |= {f"batch {n}" if n > 1 else "decode": n for n in options.batch_sizes}
-    for phase, n in tokens.items():
-        routes = " and ".join(sorted({m.choose_route(n).value.format(
-            dtype if m.kind == "dense" else m.kind, dtype) for m in packed}))
-        phases.setdefault(routes, []).append(phase)
-    said = [f"{', '.join(phases[routes])} {routes}" for routes in phases]
-    return " · ".join(model.unpacked + said)
+    said = list(model.unpacked)
+    for phase, n in tokens.items() if packed else ():
+        said.append(f"{phase} " + " and ".join(sorted({m.choose_route(n).value.format(
+            dtype if m.kind == "dense" else m.kind, dtype) for m in packed})))
+    return " · ".join(said) or dtype
 
-def benchmark_speed(label, lab: SimpleNamespace, packs: bool, unpacked: list) -> dict:
+def benchmark_speed(label: str, lab: SimpleNamespace) -> dict:
     """Return speed and memory of a checkpoint: compiled, else not, else the reason."""
-    options, reasons = lab.options, []
-    length = min(512, lab.context - options.new_tokens)  # A shorter text is repeated.
-    ids, count = lab.windows[:, lab.unscored :].flatten(), max(options.batch_sizes)
-    prompts = ids[torch.arange(length * count) % len(ids)].view(count, length)
-    compiles = lab.device.type == "cuda" and packs and not options.no_compile
+    options, reasons, prompts = lab.options, [], cut_prompts(lab)
+    compiles = lab.device.type == "cuda" and not options.no_compile
     for compiled in [True, False] if compiles else [False]:
-        how = "compiled" if compiled else "not compiled"
+        how, model = "compiled" if compiled else "not compiled", None  # Frees the last.
         try:
             model = place_model(lab.output / "checkpoints" / label, options, lab.device)
+            if compiled and not model.packs:
+                continue
             speed = measure_speed(model, prompts.to(model.device), options, compiled)
-            routes = name_routes(label, model, length, options)
+            routes = name_routes(label, model, prompts.shape[1], options)
             return speed | dict(runs_as=" · ".join([routes, how, *reasons]))
         except Exception as error:
             traceback.print_exc()  # Goes to the log.
             reasons.append(f"{how}, it failed: {quote(describe(error))}")
-        model = None  # To be freed.
-    said = [*unpacked, f"speed was not measured: {'; '.join(reasons)}"]
-    return dict(runs_as=" · ".join(said))
+    return dict(runs_as=f"speed was not measured: {'; '.join(reasons)}")
 
 def run_variant(label: str, lab: SimpleNamespace) -> None:
     if label in lab.options.variants:
@@ -914,14 +1003,13 @@ def run_variant(label: str, lab: SimpleNamespace) -> None:
 
 # %%
 def measure_row(label: str, lab: SimpleNamespace) -> dict:
-    folder, start = lab.output / f"checkpoints/{label}", time.perf_counter()
+    folder, t0 = lab.output / f"checkpoints/{label}", time.monotonic()
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
                      fingerprint=lab.marks[label])
     out, steps = sys.stdout, []  # Below, sys.stdout is the log.
     def say(step: str) -> None:
         steps.append(step)
-        seconds = time.perf_counter() - start
-        print(f"{label:20} {seconds:6,.0f} s  {step}", file=out, flush=True)
+        print(f"{label:20}{time.monotonic() - t0:7.0f} s  {step}", file=out, flush=True)
     with libraries_to(lab.output / "log.txt"):
         try:
             if lab.reference is None:
@@ -935,9 +1023,9 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             row["load_seconds"] = now() - begin
             row |= measure_quality(model, lab)
             row["weights_memory_bytes"] = model.get_memory_footprint()
-            packs, unpacked, model = model.packs, model.unpacked, None  # To be freed.
+            model = None  # To be freed.
             say("timing")
-            row |= benchmark_speed(label, lab, packs, unpacked) | dict(status="ok")
+            row |= benchmark_speed(label, lab) | dict(status="ok")
         except Exception as error:
             tip = f"; {steps[-1]}: less --window, --calibration-length, smaller --model"
             row["error"] = describe(error) + (tip if lacks_memory(error) else "")
@@ -949,18 +1037,15 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
 # %% [markdown]
 """## Tables and verdict
 
-± is half the interval; of a lopsided one, and of timings, ends stand in brackets.
-
-A run shows five figures beside the baseline's, their ratios, how it ran (`runs_as`), as
-a format that was dequantized tells little about itself, and one completion of each:
-read it, a model can keep its perplexity and lose the thread. Batches and prefill often
-rank the formats otherwise: read the column like your traffic.
+± is half the interval; of a lopsided one, and of timings, ends stand in brackets. A run
+shows five figures beside the baseline's, their ratios, how it ran, and one completion
+of each: read it, a model can keep its perplexity and lose the thread.
+Batches and prefill often rank the formats otherwise: read the column like your traffic.
 
 The verdict names a variant best where its range, widened by 1 %, shares no value with
 another's, else several. By KLD they are compared window by window, as all score the
-same tokens: the interval of the difference decides, narrower than either's own. All
-runs of a row follow each other: the range shows the jitter of one process, not what
-another day or a warm GPU would add."""
+same tokens: the interval of the difference decides, narrower than either's own. A range
+shows the jitter of one process, not what another day or a warm GPU would add."""
 
 # %%
 Cell = namedtuple("Cell", "word middle low high ranged noisy", defaults=[None] * 5)
@@ -975,6 +1060,16 @@ COST = (("weights MB", "weights_memory_bytes", 1, 1e-6), ("size", "size_ratio", 
         ("quantize s", "quantize_seconds", 1, 1),
         ("compile s", "compile_seconds", 1, 1))
 
+WAITS = SPEED[0], *SPEED[2:]
+ROOM = (("KV tokens", "kv_tokens", 0, 1), ("tokens", "divergence", 0, 1),
+        ("kernel", "kernel", 0, 1))
+
+def as_served(row: dict) -> dict:
+    """Return a row with the server's figures in place of those of this script."""
+    served = row.get("served") or SERVED
+    failed = dict(status="failed") if served["error"] else {}
+    return row | served | failed | dict(drift=served["drift"] or 0)
+
 def read_figure(row: dict, key: str) -> Cell:
     """Return a figure of a row, or a word that says why there is none."""
     figures = row | {f"{name}@{one['batch']}": one.get("error") or x
@@ -984,7 +1079,8 @@ def read_figure(row: dict, key: str) -> Cell:
         return Cell(x or ("failed" if row["status"] == "failed" else "–"))
     x = x if isinstance(x, dict) else dict(value=x, low=x, high=x)
     middle, low, high = list(x.values())[:3]
-    noisy = "samples" in x and high > NOISE_LIMIT * low
+    drifts = row.get("drift", 0) > DRIFT
+    noisy = "samples" in x and (drifts or high > NOISE_LIMIT * low)
     return Cell("", middle, low, high, "min" in x, noisy)
 
 def render_cell(row: dict, column: tuple) -> str:
@@ -1004,7 +1100,6 @@ def render_cell(row: dict, column: tuple) -> str:
         return f"{write(middle)} ({ends})"
     return f"{write(middle)} ± {write((high - low) / 2)}"
 
-# %%
 def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> str:
     lines = [["variant", *(title for title, *_ in columns)]]
     lines += [[row["label"], *(render_cell(row, x) for x in columns)] for row in rows]
@@ -1014,6 +1109,7 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
         f"| {' | '.join([name.ljust(first), *map(str.rjust, cells, widths)])} |"
         for name, *cells in (*lines, *more))
 
+# %%
 def render_tables(results: dict, rows: list[dict]) -> str:
     config, begin = results["config"], results["inputs"]["window_begin"]
     done = next((row for row in rows if row["status"] == "ok"), ROW)
@@ -1028,6 +1124,16 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
     batches = [batches[k : k + 3] for k in range(1, len(batches), 3)]
     tables = [render_table(x, rows) for x in (QUALITY, SPEED, *batches, COST)]
+    served = [as_served(row) for row in rows if row.get("served")]
+    if served:
+        drift = max(row["drift"] for row in served)
+        tables.append(fill(
+            f"As served by {served[0]['engine']}; the baseline, again at the end, is "
+            f"{100 * drift:.1f} % off{': all noisy' if drift > DRIFT else ''}. Tokens: "
+            "those above, beside this script's. Under load: `vllm bench serve --model "
+            f"CHECKPOINT --random-input-len {done['prompt_tokens']} "
+            f"--random-output-len {new}` while `vllm serve CHECKPOINT` runs."))
+        tables += [render_table(x, served) for x in (WAITS, *batches, ROOM)]
     return "\n\n".join([fill(protocol), *tables])
 
 def relate(row: dict, base: dict, key: str) -> tuple[float, str]:
@@ -1064,10 +1170,12 @@ def list_best(rows: list[dict]) -> list[str]:
     for row, gap in zip(others, klds - klds[klds.mean(1).argmin()]):
         row["gap"] = estimate(gap[:, None])  # To the least.
     sizes = [e["batch"] for row in rows for e in row["decode"] or () if e["tok_s"]]
-    n = max(sizes, default=1)
+    n, where = max(sizes, default=1), "this script's own loop"
+    if all((row.get("served") or SERVED)["decode"] for row in done):
+        done, where = [as_served(row) for row in done], done[0]["served"]["engine"]
     goals = {"weight_bytes": "Smallest", "gap": "Closest to the reference by KLD",
-             "itl_ms@1": "Fastest for one sequence"}
-    goals |= {f"itl_ms@{n}": f"Fastest for a batch of {n}"} if n > 1 else {}
+             "itl_ms@1": f"Fastest in {where}, one sequence"}
+    goals |= {f"itl_ms@{n}": f"Fastest in {where}, a batch of {n}"} if n > 1 else {}
     lines = []
     for key, goal in goals.items():
         figures = {row["label"]: read_figure(row, key) for row in done}
@@ -1094,14 +1202,13 @@ def render_verdict(rows: list[dict]) -> str:
             line += "; it cannot be distinguished from the reference in perplexity"
         if count := row["rtn_fallbacks"]:
             line += f"; warning: {count} modules fell back to rounding: --dampening"
+        if error := (row.get("served") or SERVED)["error"]:
+            line += f"; not served: {quote(error)}"
         lines.append("; ".join([line, *row["notes"], f"runs as: {row['runs_as']}"]))
     return "\n".join(fill(line, "- ") for line in lines)
 
 # %% [markdown]
 """# Machinery: skip this at first reading
-
-What follows makes the formats run packed and fast, keeps libraries and files in order,
-and writes the report. What is measured, and how, was said above.
 
 ## Fitting recipes to a model
 
@@ -1109,52 +1216,35 @@ and writes the report. What is measured, and how, was said above.
 64 or 32 (SmolLM2 is 576 wide). A scale has 16 bits, so a weight takes 4.125, 4.25 or
 4.5 bits; the smaller the group, the closer its scale fits.
 
-*Experts*: llmcompressor takes the experts of a layer apart into Linears and writes each
-under its name. transformers stacks them again when it loads, unpacks them to 16 bits on
-the way, and leaves out the rounding of their activations. FP8 and W4A16 come back like
-that, and `runs_as` says how many weights stayed packed. Of W8A8 it finds no weights, of
-Mixtral or Granite no names: such a row fails here, before calibration, not after it.
+*Experts*: llmcompressor takes the experts of a layer apart into Linears. transformers
+stacks them again when it loads, unpacks them to 16 bits on the way, and leaves out the
+rounding of their activations: `runs_as` says how many weights stayed packed. Of W8A8 it
+finds no weights, of Mixtral or Granite no names: such a row fails when it is loaded.
 
 *Smoothing*: llmcompressor names the norms to smooth, and the Linears that read them, by
 the model's class. For some classes that changes the model: another norm feeds these
-Linears, or a router reads the norm, too. Here one sample runs through the model, and
-each function that reads the output of a norm is noted. A norm is smoothed if all its
-readers are Linears that get quantized. Then the same sample proves that smoothing alone
-changed nothing: the KLD between its logits before and after, in float32, is the row's
-`smoothing.kld`. Above 1e-3 the row fails: rounding the smoothed weights to 16 bits
-takes about 1e-6, a wrong pair more than 1e-2."""
+Linears, or a router reads the norm, too. Here one sample runs through the model, and a
+norm is smoothed if all that reads its output are Linears that get quantized. Then the
+same sample proves that smoothing alone changed nothing: above a KLD of 1e-3 between its
+logits before and after, in float32, the row fails. Rounding the smoothed weights to 16
+bits takes about 1e-6, a wrong pair more than 1e-2."""
 
 # %%
 def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
-    """Make groups divide all widths; ValueError if none does, or of some experts."""
+    """Make groups divide all widths; ValueError if none does."""
     from compressed_tensors.utils import match_named_modules
-    from llmcompressor.modeling.moe.linearize import get_non_linearized_moes
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-    names = get_checkpoint_conversion_mapping(model.config.model_type) or ()
-    known = "experts.*.down_proj" in str([name.source_patterns for name in names])
     sizes = [options.group_size] if options.group_size else GROUPS
     for modifier in [m for m in recipe if hasattr(m, "resolved_config")]:
         groups = modifier.resolved_config.config_groups
         for scheme in groups.values():
             weights = scheme.weights
-            is_int8 = weights and weights.type == "int" and scheme.input_activations
-            if (is_int8 or not known) and get_non_linearized_moes(model):
-                what = "int8 experts" if known else "experts of this model"
-                raise ValueError(f"transformers would not load quantized {what} again")
-            strategy = weights and weights.strategy
-            if strategy == "block":
-                wanted = weights.block_structure[1:]  # Of outputs and inputs.
-            elif strategy == "group" and weights.group_size == 128:
-                wanted = sizes
-            else:
+            if not weights or weights.strategy != "group" or weights.group_size != 128:
                 continue
             targets = match_named_modules(model, scheme.targets, modifier.ignore)
             widths = sorted({linear.in_features for _, linear in targets})
-            fits = [n for n in wanted if not any(width % n for width in widths)]
+            fits = [n for n in sizes if not any(width % n for width in widths)]
             if not fits:
-                raise ValueError(f"no group of {wanted} divides {widths}: take FP8")
-            if strategy == "block":
-                continue
+                raise ValueError(f"no group of {sizes} divides {widths}: take FP8")
             row["group_size"] = weights.group_size = fits[0]
             modifier.config_groups, modifier.scheme = groups, None
             if odd := [width for width in widths if width % 128]:
@@ -1195,11 +1285,9 @@ class Reading(torch.overrides.TorchFunctionMode):
         with torch.no_grad(), DisableQuantization(model), self, hook:
             logits = model(input_ids=ids, use_cache=False).logits.cpu()
         self.chances = logits.log_softmax(-1)
-
     def note_output(self, module, inputs, output) -> None:
         if getattr(module, "weight", None) is not None and module.weight.dim() == 1:
             self.outputs[id(output)] = module, inputs, output
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
         half, given = (torch.float16, torch.bfloat16), (args, kwargs or {})
         args, kwargs = tree_map(lambda x: x.float() if isinstance(
@@ -1229,36 +1317,30 @@ def find_pairs(model, reading: Reading):
 """## Packed Linears
 
 Plain transformers unpacks a compressed checkpoint to 16 bits on its first forward, and
-simulates the rounding of activations (`--execution emulated`): memory ends where
-float16 is, and the extra rounding makes it slower. Here a Linear stays packed. By
-format, GPU and number of tokens it takes one of these routes, and `runs_as` names them:
+simulates the rounding of activations (`--execution emulated`). Here a Linear stays
+packed. By format, GPU and number of tokens it takes a route, which `runs_as` names:
 
-- **In registers**, for one token, where the time goes into reading weights: a Triton
-  kernel unpacks them on the way into the product, and float16 goes through it, too. A
-  T4 takes up to eight tokens of INT4 so.
-- **Tensor cores**, for several tokens: 8-bit times 8-bit (INT8 from SM 7.5, as a T4,
-  FP8 from SM 8.9), or 16 bits times INT4 that is unpacked on the way (SM 8.0, groups
-  from 64 on): up to 128 tokens, and for one, too, if weights are large.
+- **In registers**, for one token: a Triton kernel unpacks weights on the way into the
+  product. Float16 goes through it, too, on a T4 up to eight tokens of INT4.
+- **Tensor cores**, for several tokens: 8-bit times 8-bit (INT8 from SM 7.5, FP8 from SM
+  8.9), or 16 bits times INT4 that is unpacked on the way (SM 8.0, groups from 64 on, up
+  to 128 tokens, and for one, too, if weights are large).
 - **Dequantized** otherwise: a 16-bit copy, one layer at a time. Activations are rounded
   per token as compressed-tensors does it: on a CPU the logits equal the emulated ones.
 
 A model with any other format (static or no rounding of activations, scales by blocks
-or of whole tensors, zero points) is unpacked to 16 bits once, and compressed-tensors
-rounds for it: quality is that of the format, memory and speed are not.
+or of whole tensors, zero points) is emulated: quality is right, memory and speed not.
 
 A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8, or
 four INT4 to an int16. Its scale is [outputs, groups], one group unless INT4. A word of
 a checkpoint's INT4 holds eight neighbours, the first in its lowest bits; here the n
 int16 of a group hold inputs 0 to n - 1 in their lowest bits, then the next n, so that
-neighbours in memory meet neighbouring inputs. Not `native` to FP8 is all below SM 8.9.
-
-On a GPU, q, k and v, and gate and up, become one product, since their input is one: the
-first to be called computes for all, the others cut their slice of it."""
+neighbours in memory meet neighbouring inputs. (A server would join q, k and v, and gate
+and up, into one product: another 6 to 20 % of a step, for some twenty-five lines.)"""
 
 # %%
 def place_model(folder: Path, options: Options, device: torch.device):
     """Return a causal LM on the device; `unpacked` lists what of it is not packed."""
-    from accelerate.utils import release_memory
     from transformers import AutoModelForCausalLM
     from transformers.integrations import sdpa_attention
     release_memory()  # Of models in reference cycles.
@@ -1271,11 +1353,9 @@ def place_model(folder: Path, options: Options, device: torch.device):
     quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme")]
     files = map(partial(safe_open, framework="pt"), folder.glob("*.safetensors"))
     wanted = sum(key.endswith(".weight_scale") for file in files for key in file.keys())
-    # Of models from elsewhere some are never read.
-    for what, keys in (("lacks", report["missing_keys"]),
-                       ("has, unread,", report["unexpected_keys"] if wanted else ())):
-        if keys:
-            raise ValueError(f"{folder.name} {what} {len(keys)} weights: {min(keys)}")
+    unread = report["unexpected_keys"] if wanted else ()  # Others have some, rightly.
+    if lost := [*report["missing_keys"], *unread]:
+        raise ValueError(f"{len(lost)} weights are lost in {folder.name}: {min(lost)}")
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
     packed = len(quantized) if model.packs else 0
     model.unpacked = [] if len(quantized) == wanted else [
@@ -1285,9 +1365,8 @@ def place_model(folder: Path, options: Options, device: torch.device):
         model.hf_quantizer.compressor.decompress_model(model)
         for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
             linear.forward = partial(forward_rows, linear.forward)
-    # To bfloat16 unpack experts, and some formats.
     for parameter in [p for p in model.parameters() if p.dtype == torch.bfloat16]:
-        parameter.data = parameter.data.to(getattr(torch, options.dtype))
+        parameter.data = parameter.data.to(getattr(torch, options.dtype))  # As experts.
     if model.packs:
         pack_model(model, sm)
     return model
@@ -1296,7 +1375,6 @@ def forward_rows(forward, x: Tensor) -> Tensor:
     # Of two dimensions, compressed-tensors 0.19 would scale all tokens alike.
     return forward(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
-# %%
 def round_activations(kind: str, x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
     """Return x over its scale, in 8 bits, and the scale [..., 1], one per token."""
     scale = x.abs().amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
@@ -1320,13 +1398,13 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
         weight = ((weight.short() << 7) & ~(1 << 14)).view(torch.float16) * 2**8
     return weight.to(scale.dtype) * scale
 
+# %%
 Route = Enum("Route", dict(
     DENSE="{1}", DEQUANTIZED="dequantized to {1}", REGISTERS="{0} in registers",
     TENSOR_CORES="{0} tensor cores"))
 FEW, LARGE = 8, 10**7  # Tokens of INT4 in registers; weights not worth it even for one.
 TENSOR_CORES_FROM = dict(int4=(8, 0), int8=(7, 5), fp8=(8, 9), dense=(99, 0))  # SM
 
-# %%
 class PackedLinear(torch.nn.Module):
     """Multiply by packed weights: int4, int8, fp8 or dense; sm (0, 0) is a CPU."""
     def __init__(self, kind: str, weight, scale, bias, sm: tuple[int, int]):
@@ -1338,7 +1416,6 @@ class PackedLinear(torch.nn.Module):
         self.requires_grad_(False)
         self.fits = triton and any(sm) and weight.shape[1] % 16 == 0 and (
             kind != "int4" or scale.dtype.itemsize == 2)
-
     def choose_route(self, tokens: int) -> Route:
         many, most = tokens > 1, FEW if self.kind == "int4" else 1
         has_cores = self.sm >= TENSOR_CORES_FROM[self.kind]
@@ -1351,14 +1428,11 @@ class PackedLinear(torch.nn.Module):
         if self.fits and tokens <= most:
             return Route.REGISTERS
         return Route.DENSE if self.kind == "dense" else Route.DEQUANTIZED
-
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype, kind, x_scale, back = x.shape, x.dtype, self.kind, None, 1
         x = x.reshape(-1, shape[-1]).contiguous()
         route = self.choose_route(len(x))
-        few = len(self.weight) <= shape[-1] and self.weight.numel() < LARGE
-        rounds = kind == "fp8" and self.native and route is Route.REGISTERS and few
-        if kind == "int8" or kind == "fp8" and not rounds:
+        if kind in ("int8", "fp8"):
             x, x_scale = round_activations(kind, x, self.native)
         if route in (Route.DENSE, Route.DEQUANTIZED):
             x = x if x_scale is None else x.to(dtype) * x_scale
@@ -1366,7 +1440,7 @@ class PackedLinear(torch.nn.Module):
                 kind, self.weight, self.scale).to(dtype)
             return F.linear(x, weight, self.bias).view(*shape[:-1], len(self.weight))
         if route is Route.REGISTERS:
-            y = multiply_row(kind, x, self.weight, self.scale, rounds)
+            y = multiply_row(kind, x, self.weight, self.scale)
         elif kind == "fp8":
             guard = x_scale.new_full((), 2.0**-10, dtype=torch.float32)
             y = torch._scaled_mm(
@@ -1383,20 +1457,6 @@ class PackedLinear(torch.nn.Module):
         return y.to(dtype).view(*shape[:-1], len(self.weight))
 
 # %%
-class FusedSlice(torch.nn.Module):
-    """Return outputs [begin, end) of a PackedLinear; when all are taken, drop them."""
-    def __init__(self, fused: PackedLinear, begin: int, end: int):
-        super().__init__()
-        self.fused, self.begin, self.end = fused, begin, end
-        fused.latest = None, None, 0
-
-    def forward(self, x):
-        last_x, y, left = self.fused.latest
-        y, left = (y, left) if last_x is x else (self.fused(x), len(self.fused.weight))
-        left -= self.end - self.begin
-        self.fused.latest = (x, y, left) if left > 0 else (None, None, 0)
-        return y[..., self.begin : self.end]
-
 FORMATS = dict(  # Of weights and of activations; what the kernels implement.
     int4=[("int", 4, "group", True, False), None],
     int8=[("int", 8, "channel", True, False), ("int", 8, "token", True, True)],
@@ -1413,9 +1473,8 @@ def find_kind(module: torch.nn.Module) -> str | None:
         return None
     return next((kind for kind, those in FORMATS.items() if those == forms), None)
 
-# %%
 def pack_model(model, sm: tuple[int, int]) -> None:
-    """Pack each quantized Linear, on a GPU all, and fuse those with the same input."""
+    """Pack each quantized Linear, and on a GPU all others."""
     if hook := getattr(model, "ct_decompress_hook", None):
         hook.remove()  # It would unpack all when the model first runs.
     for name, layer in list(model.named_modules()):
@@ -1431,19 +1490,6 @@ def pack_model(model, sm: tuple[int, int]) -> None:
             weight = layer.weight if kind == "dense" else layer.weight.view(torch.int8)
         model.set_submodule(name, PackedLinear(kind, weight, scale, layer.bias, sm))
         layer._parameters.clear()  # Or a reference cycle would keep them.
-    same_input = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-    for parent, names in product(list(model.modules()), same_input if any(sm) else ()):
-        parts = [getattr(parent, name, None) for name in names]
-        if not all(isinstance(part, PackedLinear) for part in parts):
-            continue
-        if len({(p.kind, p.weight.shape[1], p.bias is None) for p in parts}) > 1:
-            continue
-        columns = zip(*([p.weight, p.scale, p.bias] for p in parts))
-        tensors = [None if some[0] is None else torch.cat(some) for some in columns]
-        fused, begin = PackedLinear(parts[0].kind, *tensors, sm), 0
-        for name, part in zip(names, parts):
-            setattr(parent, name, FusedSlice(fused, begin, begin + len(part.weight)))
-            begin += len(part.weight)
 
 # %% [markdown]
 """## Kernels
@@ -1454,8 +1500,7 @@ need only a mask: what their place adds, 16^i, is taken off the input beforehand
 factor of 2^100 keeps products normal. The 8 that is added to each stored weight is
 subtracted once, as 8 times the sum of inputs. FP8 below SM 8.9 is converted by moving
 bit fields, as in `dequantize`. For INT8, `dp4a` makes four products and their sum in
-one instruction. Rounding a row of FP8 costs a kernel of its own where none before can
-do it: if weights are few, each program does it for itself (`ROUND`).
+one instruction.
 
 For several tokens, `tile_kernel` multiplies a tile of weights by one of inputs, while
 the next are being read. INT4 is put behind the bits of 1024 (of 128 in bfloat16), where
@@ -1464,31 +1509,20 @@ row's inputs, and their sums are added later. Sums of 8-bit products can be too 
 for 16 bits: they go there divided by 2^14 (INT8) or 2^20 (FP8, `guard`), and back in
 float32, where scales and bias follow. Tiles are the fastest tried on an H200.
 
-## Attention, cache and graphs
-
-Attention of one row is that of [flash decoding](https://arxiv.org/abs/2311.01282): 64
-keys to a program, then their results are combined. Of several sequences, the heads that
-share a key stand in as rows of one product, so that no key is copied.
-
-Keys and values lie in tensors of fixed size and place, or no CUDA graph could replay a
-step: attention goes over all places, and a mask hides those not yet written. All layers
-are one function, compiled once for each shape: compiled one by one, each layer's index
-is a constant, and dynamo's limit of recompilations is soon reached."""
+Attention of one row is written out and left to the compiler (two kernels of our own
+were 3 to 8 % of a step faster); for several sequences, the heads that share a key are
+rows of one product, so that no key is copied. Keys and values lie in tensors of fixed
+size, or no CUDA graph could replay a step: a mask hides what is not yet written. All
+layers are one function, compiled once for each shape: one by one, each layer's index
+would be a constant, and dynamo's limit of recompilations soon reached."""
 
 # %%
 @jit
 def row_kernel(x, weight, scale, y, outputs, width, GROUP: tl.constexpr,
-               KIND: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr,
-               BLOCK: tl.constexpr):
+               KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), outputs - 1)
     line, column = weight + row[:, None] * width, tl.arange(0, BLOCK)[None, :]
     half: tl.constexpr = x.dtype.element_ty if scale is None else scale.dtype.element_ty
-    x_scale = 1.0
-    if ROUND:
-        whole = tl.arange(0, ROUND)
-        top = tl.max(tl.abs(tl.load(x + whole, mask=whole < width, other=0.0)))
-        x_scale = (top.to(tl.float32) / 448).to(half).to(tl.float32)
-        x_scale = tl.maximum(x_scale, 2.0**-24)  # All may be zero.
     x += tl.program_id(1) * 4 * width  # Only of INT4 there is more than one.
     total = tl.zeros([ROWS, BLOCK], tl.int32 if KIND == "int8" else tl.float32)
     for begin in range(0, width, BLOCK):
@@ -1516,14 +1550,12 @@ def row_kernel(x, weight, scale, y, outputs, width, GROUP: tl.constexpr,
                 dtype=tl.int32, is_pure=True, pack=1)
         else:
             value = tl.load(x + at, mask=inside, other=0.0)
-            if ROUND:
-                value = (value.to(tl.float32) / x_scale).to(half).to(tl.float8e4nv)
             if KIND == "fp8" and value.dtype == tl.float8e4nv:
                 w = w.to(tl.float8e4nv, bitcast=True).to(tl.float16)
             elif KIND == "fp8":
                 w = ((w.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True) * 256
             total += w.to(tl.float32) * value.to(tl.float32)
-    result = tl.sum(total, 1).to(tl.float32) * (2.0**49 if KIND == "int4" else x_scale)
+    result = tl.sum(total, 1).to(tl.float32) * (2.0**49 if KIND == "int4" else 1.0)
     tl.store(y + tl.program_id(1) * outputs + row, result)
 
 # %%
@@ -1560,30 +1592,11 @@ def tile_kernel(x, weight, scale, y, tokens, outputs, width, span, KIND: tl.cons
     tl.store(y + (tl.program_id(2) * tokens + token) * outputs + row, total,
              mask=(row < outputs) & (token < tokens))
 
-@jit
-def attend_kernel(query, keys, values, mask, y, tops, totals, scaling, length,
-                  GROUP: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    head, part = tl.program_id(0), tl.program_id(1)
-    at, column = part * BLOCK + tl.arange(0, BLOCK), tl.arange(0, SIZE)
-    here = (head // GROUP * length + at[:, None]) * SIZE + column[None, :]
-    inside = at[:, None] < length
-    key = tl.load(keys + here, mask=inside, other=0).to(tl.float32)
-    value = tl.load(values + here, mask=inside, other=0).to(tl.float32)
-    q = tl.load(query + head * SIZE + column).to(tl.float32) * scaling
-    masked = tl.load(mask + at, mask=at < length, other=-float("inf"))
-    score = tl.sum(key * q[None, :], 1) + masked.to(tl.float32)
-    top = tl.maximum(tl.max(score), -1e30)  # All may be masked.
-    weight, place = tl.exp(score - top), head * tl.num_programs(1) + part
-    tl.store(tops + place, top)
-    tl.store(totals + place, tl.sum(weight))
-    tl.store(y + place * SIZE + column, tl.sum(weight[:, None] * value, 0))
-
-# %%
 TILES = dict(  # Of a row: rows, columns, warps, for up to 2,048 inputs and for more.
     dense=((2, 1024, 4), (2, 2048, 8)), int4=((2, 128, 1), (2, 1024, 8)),
     int8=((2, 256, 1), (4, 512, 4)), fp8=((2, 1024, 2), (1, 2048, 4)))
 
-def multiply_row(kind: str, x: Tensor, weight: Tensor, scale, rounds: bool) -> Tensor:
+def multiply_row(kind: str, x: Tensor, weight: Tensor, scale) -> Tensor:
     """Return x [n, in] times a weight in float32 [n, out]; n > 1: INT4 only."""
     y = x.new_empty(len(x), len(weight), dtype=torch.float32)
     group = weight.shape[1] // scale.shape[1] // 2 if kind == "int4" else 0
@@ -1592,11 +1605,10 @@ def multiply_row(kind: str, x: Tensor, weight: Tensor, scale, rounds: bool) -> T
     if kind in ("int4", "int8"):  # Words of four bytes.
         x, weight = x.view(torch.int32), weight.view(torch.int32)
     row_kernel[triton.cdiv(len(weight), rows), len(x)](
-        x, weight, scale, y, *weight.shape, group, kind,
-        triton.next_power_of_2(x.shape[1]) if rounds else 0, rows, block,
-        num_warps=warps)
+        x, weight, scale, y, *weight.shape, group, kind, rows, block, num_warps=warps)
     return y
 
+# %%
 def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Return x [n, in] times a weight [n, out]; of INT8 a 2^14th of that."""
     tokens, (outputs, width) = len(x), weight.shape
@@ -1614,46 +1626,23 @@ def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tenso
         num_stages=4 if n == 64 else 3)
     return y[0] if parts == 1 else y.sum(0)
 
-# %%
-@jit
-def combine_kernel(y, tops, totals, result, parts, SIZE: tl.constexpr,
-                   PARTS: tl.constexpr):
-    head, part, column = tl.program_id(0), tl.arange(0, PARTS), tl.arange(0, SIZE)
-    place, inside = head * parts + part, part < parts
-    top = tl.load(tops + place, mask=inside, other=-float("inf"))
-    factor = tl.exp(top - tl.max(top))
-    total = tl.sum(factor * tl.load(totals + place, mask=inside, other=0))
-    value = tl.load(y + place[:, None] * SIZE + column[None, :], inside[:, None], 0)
-    tl.store(result + head * SIZE + column, tl.sum(factor[:, None] * value, 0) / total)
-
-def attend_row(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor,
-               scaling: float) -> Tensor:
-    """Return [1, 1, heads, size] for a query [1, heads, 1, size]; mask is added."""
-    (_, heads, _, size), length = query.shape, keys.shape[2]
-    parts = triton.cdiv(length, 64)
-    y, tops, totals = (query.new_empty(heads, parts, n, dtype=torch.float32)
-                       for n in (size, 1, 1))
-    attend_kernel[(heads, parts)](query, keys, values, mask, y, tops, totals, scaling,
-                                  length, heads // keys.shape[1], size, 64)
-    result = query.new_empty(1, 1, heads, size)
-    combine_kernel[(heads,)](y, tops, totals, result, parts, size,
-                             triton.next_power_of_2(parts))
-    return result
-
-def attend(module, query, key, value, attention_mask, scaling=None, **named):
+def attend(module, query, key, value, attention_mask, scaling, **named):
     """Attend in transformers' interface; query, key, value [batch, heads, n, size]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    scaling = query.shape[3] ** -0.5 if scaling is None else scaling
     window = named.get("sliding_window") or math.inf
     if window < key.shape[2] or named.get("softcap") or named.get("s_aux") is not None:
         raise ValueError("no kernel for sliding windows, soft caps, sinks")
     if query.shape[2] > 1:  # The whole prompt: causal, and no mask.
         key, value = (x[:, :, : query.shape[2]] for x in (key, value))
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
-    if triton and query.is_cuda and len(key) == 1 and key.shape[3] in (64, 128, 256):
-        return attend_row(query, key, value, attention_mask, scaling), None
     rows = query.reshape(len(key), key.shape[1], -1, query.shape[3])
-    y = F.scaled_dot_product_attention(rows, key, value, attention_mask, scale=scaling)
+    if len(key) > 1:
+        y = F.scaled_dot_product_attention(
+            rows, key, value, attention_mask, scale=scaling)
+    else:  # As a formula, or too few programs would share one sequence's keys.
+        score = (rows.float()[:, :, :, None] * key[:, :, None]).sum(-1) * scaling
+        weight = (score + attention_mask).softmax(-1)
+        y = (weight[..., None] * value[:, :, None]).sum(3).to(query.dtype)
     return y.reshape(len(y), 1, query.shape[1], -1), None
 
 def compile_layers(model) -> None:
@@ -1665,11 +1654,10 @@ def compile_layers(model) -> None:
     eager = type(layers[0]).forward
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 99  # Shapes and kinds of layers.
-    # Small kernels that do not wait for each other are launched as one, as by servers.
     compiled = torch.compile(eager, fullgraph=True, dynamic=False, options=dict(
-        combo_kernels=next(model.parameters()).is_cuda))
+        combo_kernels=next(model.parameters()).is_cuda))  # Launches small ones as one.
     def run(layer, number, x, *inputs, past_key_values, **named):
-        layer_cache = past_key_values[number]
+        layer_cache = past_key_values.layers[number]
         forward = compiled if layer_cache.is_initialized else eager
         return forward(layer, x, *inputs, past_key_values=layer_cache, **named)
     for number, layer in enumerate(layers):
@@ -1679,10 +1667,9 @@ def compile_layers(model) -> None:
 """## Files, faults, report
 
 A wrong input ends in one line on stderr that names it and the way out, with exit code
-2. JSON and checkpoints appear in one step or not at all: whatever ends a run, the same
-command goes on after what was finished; `--fresh` starts over. What the libraries print
-goes to `log.txt`, tracebacks of failed rows too. What comes from outside (names,
-errors, completions) is foreign text, and stays text."""
+2. JSON and checkpoints appear in one step or not at all. What the libraries print goes
+to `log.txt`, tracebacks of failed rows too. What comes from outside (names, errors,
+completions) is foreign text, and stays text."""
 
 # %%
 def stop(line: str):
@@ -1728,7 +1715,6 @@ def hash_files(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
             for file in (folder, *folder.glob("*")) if file.is_file()}
 
-# %%
 def lacks_memory(error: BaseException):
     refusal = "MemoryError|out of memory|t allocate memory|bad_alloc|ALLOC_FAILED"
     return re.search(refusal, f"{error!r} {error.__cause__!r}", re.I)
@@ -1746,14 +1732,12 @@ def show_progress(what: str, items) -> tqdm:
                 delay=max(10, seconds), maxinterval=max(10, seconds),
                 bar_format="{l_bar}{bar}{r_bar}" + end)
 
+# %%
 @contextlib.contextmanager
-def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
+def llmcompressor_session(model, passes: int):
     """Yield the lines of llmcompressor's log, with its rough edges taken off."""
     from llmcompressor import create_session
-    from llmcompressor.pipelines import data_free, sequential
     from loguru import logger
-    for module in data_free.pipeline, sequential.pipeline:
-        module.get_main_device = lambda: lab.device  # Else the first accelerator.
     try:
         model.generation_config.validate(strict=True)
     except ValueError:  # It could not be saved; what ends a completion stays.
@@ -1775,7 +1759,6 @@ def llmcompressor_session(lab: SimpleNamespace, model, passes: int):
           show_progress("calibrating", range(layers * passes)) as bar):
         yield lines
 
-# %%
 def quote(text: str) -> str:
     """Return foreign text for Markdown, as code if it holds anything special."""
     text = one_line(text).replace("`", "'")
@@ -1804,6 +1787,7 @@ def render_card(results: dict) -> str:
                           "speed says nothing of a card that has them (L4, H100)")
     return "\n".join(fill(one_line(x), f"    {name:10}") for name, x in facts.items())
 
+# %%
 def render_completions(rows: list[dict], number: int) -> str:
     lines = [f"**{PROMPTS[number]}**\n"]
     for row in [row for row in rows if row["divergence"]]:
@@ -1834,7 +1818,6 @@ def render_model_card(row: dict, results: dict) -> str:
             "`vllm serve .` serves it. The licence is the original's.\n\n"
             f"{render_card(results)}\n\n{render_tables(results, rows)}\n")
 
-# %%
 def draw_summary(results: dict):
     from matplotlib.figure import Figure
     rows, batch = results["variants"], max(results["config"]["batch_sizes"])
@@ -1842,17 +1825,20 @@ def draw_summary(results: dict):
     panels = {"weight_bytes": "bytes on disk", "weights_memory_bytes": "in memory",
               "tok_s@1": "tokens/s, one sequence"}
     panels |= {f"tok_s@{batch}": f"tokens/s, batch of {batch}"} if batch > 1 else {}
+    if base.get("served"):
+        panels["served"] = f"the same in {base['served']['engine']}"
     y = [f"{row['label']}\nperplexity × {render_cell(row, QUALITY[1])}" for row in rows]
     figure = Figure(figsize=(13, 2.5 + 0.6 * len(rows)), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(panels), sharey=True), panels):
-        ratios, texts = zip(*(relate(row, base, key) for row in rows))
+        view, name = (as_served, "tok_s@1") if key == "served" else (dict, key)
+        ratios, texts = zip(*(relate(view(row), view(base), name) for row in rows))
         bars = axes.barh(y, ratios, color="#9fc0dc")
         axes.bar_label(bars, texts, padding=3, bbox=dict(color="white", pad=0.5))
         axes.axvline(1, color="black", linestyle=":")
         axes.set(title=panels[key], xmargin=0.3)
     axes.invert_yaxis()  # For all of them: the first row on top.
-    name = f"{results['model_name'][-50:]} on {results['machine']['name']}, to baseline"
-    lines = [fill(x) for x in (one_line(name), *list_best(rows))]
+    title = f"{results['model_name'][-50:]} on {results['machine']['name']}, by ratio"
+    lines = [fill(x) for x in (one_line(title), *list_best(rows))]
     figure.suptitle("\n".join(lines), parse_math=False)
     return figure
 
@@ -1863,6 +1849,7 @@ def collect_results(lab: SimpleNamespace) -> dict:
         row["size_ratio"] = row["weight_bytes"] and base and row["weight_bytes"] / base
     return dict(lab.head, created=time.strftime("%FT%TZ", time.gmtime()), variants=rows)
 
+# %%
 def write_outputs(lab: SimpleNamespace) -> None:
     results, output = collect_results(lab), lab.output
     with usable("--output-dir", output, "make room; what is finished is kept"):
@@ -1885,7 +1872,7 @@ def show(text: str) -> None:
 """# The runs
 
 Here the lab runs. First the set-up: options, device, model and text, each refused with
-one line if it cannot be used. The card says what is measured on what."""
+one line if it cannot be used."""
 
 # %%
 def set_up(words: list[str]) -> SimpleNamespace:
@@ -1910,6 +1897,7 @@ def set_up(words: list[str]) -> SimpleNamespace:
             for label in VARIANTS:
                 shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
         take_over(lab)
+    lab.engine = options.vllm and find_engine(options, lab.output / "vllm.log")
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))
     return lab
@@ -1936,8 +1924,7 @@ if __name__ == "__main__":
 
 Half the bytes of every quantized Linear, in seconds and without data. Three bits of
 mantissa put weights off by 2.6 % (RMS), whatever the scale: expect a small but certain
-KLD. From SM 8.9 tensor cores take FP8; rounding activations costs kernels of its own,
-which at 0.5B eats what is saved."""
+KLD. Rounding activations costs kernels, which at 0.5B eats what is saved."""
 
 # %%
 if __name__ == "__main__":
@@ -1979,11 +1966,23 @@ if __name__ == "__main__":
             run_variant(label, LAB)
 
 # %% [markdown]
+"""## In a server
+
+With `--vllm`, all that is finished once more, where it would be deployed: expect other
+times, and often another order. Where the two disagree, the server is right about the
+server, and the loop above about the format: what it costs with little around it. A
+server that fails leaves its reason in the row, which stays."""
+
+# %%
+if __name__ == "__main__":
+    if LAB.engine:
+        serve_all(LAB)
+
+# %% [markdown]
 """## Summary
 
-Read the intervals before the order: what two variants share cannot be ranked. And these
-are PyTorch's kernels on this machine: a server brings others, and tasks of yours may
-mind what running text does not."""
+Read the intervals before the order: what two variants share cannot be ranked. And tasks
+of yours may mind what running text does not."""
 
 # %%
 if __name__ == "__main__":
@@ -1993,5 +1992,9 @@ if __name__ == "__main__":
         from IPython.display import Image, display
         display(Image(LAB.output / "summary.png"))
     show("## Verdict\n\n" + render_verdict(RESULTS["variants"]))
+    if LAB.device.type == "cuda" and not LAB.engine:
+        again = shlex.join([*RESULTS["command"], "--vllm", "serve/bin/python"])
+        show("To see how a server ranks them, which keeps what is finished:\n\n"
+             f"    python -m venv serve\n    serve/bin/pip install vllm\n    {again}")
     if not IN_NOTEBOOK and any(row["error"] for row in RESULTS["variants"]):
         sys.exit(1)

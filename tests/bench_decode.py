@@ -71,9 +71,10 @@ def tune(kind: str, model, prompts, seconds: float) -> None:
     def milliseconds() -> float:
         quant_lab.TILES[kind] = tuple(tiles)
         torch._dynamo.reset()  # What is compiled has chosen its tiles.
-        decoder, samples = quant_lab.Decoder(model, prompts[:1], 64), []
+        decoder, samples = quant_lab.Decoder(model, prompts[:1], 64, True), []
         for _ in range(3):
-            samples.append(decoder.run(60)[1] / 60)
+            first, last = decoder.run(60)
+            samples.append((last - first) / 60)
         return 1000 * min(samples)
 
     print(f"as chosen {milliseconds():.4f} ms a step")
@@ -114,8 +115,7 @@ def bench(kind: str, args: argparse.Namespace) -> None:
               for d in speed["decode"]), flush=True)
     if args.profile:
         with torch.no_grad():
-            kind = quant_lab.Decoder if cuda else quant_lab.Generator
-            decoder = kind(model, prompts[:1], args.new_tokens)
+            decoder = quant_lab.Decoder(model, prompts[:1], args.new_tokens, cuda)
             for steps in 0, 1:  # The prefill alone, then with a step.
                 decoder.run(steps)
                 with torch.profiler.profile() as profile:

@@ -30,7 +30,7 @@ import torch
 
 CORES, HOST, GPU = 2, 12.7e9, 15e9
 BANDWIDTH = 320  # GB/s of its memory, by its data sheet.
-OWN = {"row_kernel", "tile_kernel", "attend_kernel", "combine_kernel"}  # tile_kernel is no T4's.
+OWN = {"row_kernel", "tile_kernel"}  # tile_kernel is no T4's.
 SHARED = 65_536  # Bytes that a program may have.
 T4 = dict(major=7, minor=5, total_memory=int(GPU), multi_processor_count=40,
           max_threads_per_multi_processor=1024, L2_cache_size=4 << 20,

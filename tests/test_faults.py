@@ -174,7 +174,7 @@ def test_where_speed_cannot_be_measured_quality_stays(lab, monkeypatch):
     build = lab("--variants", *LABELS[:2])
     quant_lab.run_variant(LABELS[0], build)
     with monkeypatch.context() as patch:
-        patch.setattr(quant_lab.Generator, "run", lambda *_: 1 / 0)
+        patch.setattr(quant_lab.Decoder, "run", lambda *_: 1 / 0)
         quant_lab.run_variant(LABELS[1], build)
     whole, row = read_rows(build.output)
     assert (row["status"], row["error"]) == ("ok", None)

@@ -160,15 +160,14 @@ def test_what_users_type(words, name, value):
     assert getattr(quant_lab.parse_options(words), name) == value
 
 
-@pytest.mark.parametrize("typed, meant", [
-    ("--max-window", "--max-windows"), ("--windw", "--window"), ("--variant", "--variants"),
-    ("--batchsize", "--batch-sizes"), ("--groupsize=64", "--group-size")])
-def test_a_misspelt_option_gets_the_one_meant(capsys, typed, meant):
+@pytest.mark.parametrize("typed", ["--max-window", "--windw", "--groupsize=64"])
+def test_a_misspelt_option_is_named(capsys, typed):
+    """An option is never guessed from a part of its name."""
     with pytest.raises(SystemExit) as end:
         quant_lab.parse_options([typed, "3"])
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.count("\n") == 1 and typed in said
-    assert f"did you mean {meant}?" in said
+    assert "--help lists the options" in said
 
 
 def test_a_notebook_reads_the_environment_instead_of_the_kernels_words(

@@ -329,7 +329,7 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
         other = find_cell(calm, FP8, title)
         assert "noisy" not in other
     best = read_best(calm["variants"])
-    for goal in ("Fastest for one sequence", "Fastest for a batch of 8"):
+    for goal in ("Fastest in this script's own loop, one sequence", "Fastest in this script's own loop, a batch of 8"):
         names, too_noisy = best[goal]
         assert (label in names, label in too_noisy) == (not noisy, noisy)
         assert names and names != {"unknown"}
@@ -512,7 +512,7 @@ def test_ranges_that_meet_are_not_ranked(calm):
     for row in rows[1:]:
         row["decode_tok_s"] = row["decode"][0]["tok_s"] = rows[0]["decode_tok_s"]
         row["decode"][0]["itl_ms"] = rows[0]["decode"][0]["itl_ms"]
-    assert read_best(rows)["Fastest for one sequence"][0] == {BASE, FP8, INT4, INT8}
+    assert read_best(rows)["Fastest in this script's own loop, one sequence"][0] == {BASE, FP8, INT4, INT8}
     rows[2]["status"] = "failed"
     assert INT4 not in " ".join(quant_lab.list_best(rows))
     assert quant_lab.list_best(rows[:1]) == []
@@ -711,7 +711,7 @@ def test_a_variant_without_speed_keeps_its_other_figures(calm):
         assert bool(numbers(cell)) == there and "failed" not in cell
     best = read_best(calm["variants"])
     assert INT4 in best["Smallest"][0]
-    for goal in ("Fastest for one sequence", "Fastest for a batch of 8"):
+    for goal in ("Fastest in this script's own loop, one sequence", "Fastest in this script's own loop, a batch of 8"):
         names, noisy = best[goal]
         assert INT4 not in names | noisy and names != {"unknown"}
 

@@ -1,0 +1,232 @@
+"""Serve checkpoints with a stand-in for vLLM: figures, errors, order, going on, the report."""
+
+import ast
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import LABELS, ROOT, SCRIPT, quick_words, read_strict, run_process
+
+import quant_lab
+
+BASE, FP8, _, W8A8 = LABELS
+SERVED = str(ROOT / "tests" / "served")
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory):
+    """An interpreter of another environment, in which the stand-in is installed."""
+    file = tmp_path_factory.mktemp("serve") / "python"
+    file.write_text(f"#!/bin/sh\n[ -z \"$PYTHONPATH\" ] || exit 9\n"
+                    f"PYTHONPATH='{SERVED}' exec '{sys.executable}' \"$@\"\n")
+    file.chmod(0o755)
+    return file
+
+
+def serve(lab, **said):
+    """Measure what is finished; return what was noted of each checkpoint asked for."""
+    notes = lab.output / "notes.jsonl"
+    notes.unlink(missing_ok=True)
+    os.environ["STAND_IN"] = json.dumps(dict(said, notes=str(notes)))
+    try:
+        quant_lab.serve_all(lab)
+    finally:
+        del os.environ["STAND_IN"]
+    return [json.loads(line) for line in notes.read_text().split("\n")[:-1]
+            ] if notes.exists() else []
+
+
+@pytest.fixture(scope="module")
+def served(small, texts, tmp_path_factory, quick_collection, python):
+    """Finish the quick run of three variants in two batch sizes, and serve it."""
+    folder = tmp_path_factory.mktemp("served")
+    words = [*quick_words(small, texts), "--batch-sizes", 2, "--variants", FP8, W8A8,
+             "--output-dir", folder, "--vllm", python]
+    lab = quant_lab.set_up([str(word) for word in words])
+    for label in lab.options.variants:
+        quant_lab.run_variant(label, lab)
+    notes = serve(lab, writes=[BASE, FP8])
+    return SimpleNamespace(lab=lab, notes=notes, words=words, folder=folder,
+                           results=read_strict(folder / "results.json"))
+
+
+def go_on(served, tmp_path, *words):
+    """Set up the served run again in a copy of its folder; words are options on top."""
+    import shutil
+
+    folder = shutil.copytree(served.folder, tmp_path / "copy")
+    return quant_lab.set_up([str(x) for x in (*served.words, "--output-dir", folder, *words)])
+
+
+def test_the_figures_are_those_of_the_clock(served):
+    """A call takes pace * (20 ms + 10 ms a further token) * (1 + batch / 100), nearly."""
+    assert served.lab.engine == "vllm 0.26.0"
+    assert [row["label"] for row in served.results["variants"]] == [BASE, FP8, W8A8]
+    for row, pace in zip(served.results["variants"], (1, 0.5, 0.5)):
+        said = row["served"]
+        assert (said["engine"], said["error"], said["kv_tokens"]) == ("vllm 0.26.0", None, 12345)
+        assert said["kernel"] == (None if row["label"] == BASE else "StandInKernel")
+        assert said["ttft_s"]["median"] == pytest.approx(pace * 0.02 * 1.01, rel=0.01)
+        assert said["latency_s"]["median"] == pytest.approx(pace * 0.05 * 1.01, rel=0.01)
+        assert len(said["latency_s"]["samples"]) == 2, "repeats: the warm-up is twice as long"
+        for one, batch in zip(said["decode"], (1, 2)):
+            itl = pace * 0.01 * (1 + batch / 100)
+            assert one["batch"] == batch
+            assert one["itl_ms"]["median"] == pytest.approx(1000 * itl, rel=0.01)
+            assert one["tok_s"]["median"] == pytest.approx(batch / itl, rel=0.01)
+        assert said["drift"] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_baseline_is_measured_first_and_last_and_each_in_a_process(served):
+    assert [note["label"] for note in served.notes] == [BASE, FP8, W8A8, BASE]
+    for note in served.notes:
+        longest = max(512, *(ids.shape[1] for ids in served.lab.prompts))
+        assert note["max_model_len"] == longest + 4
+        assert note["dtype"] == "float16" and note["seed"] == 42 and not note["caching"]
+        assert note["path"] == SERVED, "no package of this environment leads there"
+        assert note["multiprocessing"] == "0"
+
+
+def test_completions_are_compared_with_the_labs(served):
+    base, fp8, w8a8 = (row["served"]["divergence"] for row in served.results["variants"])
+    for row, said in zip(served.results["variants"], (base, fp8)):
+        for mine, theirs in zip(row["divergence"]["completions"], said["completions"]):
+            same = mine["completion"] == theirs["completion"]
+            assert same == (theirs["same_tokens"] == 4)
+    assert base["median"] == 4, "the same weights, the same tokens"
+    assert w8a8["max"] == 0, "what writes something else is seen at once"
+
+
+def test_the_report_shows_and_ranks_what_the_server_gave(served):
+    summary = " ".join((served.folder / "summary.md").read_text(encoding="utf-8").split())
+    assert "As served by vllm 0.26.0" in summary and "0.0 % off" in summary
+    assert "vllm bench serve --model CHECKPOINT --random-input-len 512 --random-output-len 4" in (
+        summary)
+    table = quant_lab.render_tables(served.results, served.results["variants"]).split("\n\n")
+    assert "kernel |" in table[-1] and "12,345" in table[-1] and "StandInKernel" in table[-1]
+    fp8 = served.results["variants"][1]["served"]["decode"][0]["tok_s"]["median"]
+    assert f"| {FP8}" in table[-3] and f"| {fp8:.1f} (" in " ".join(table[-3].split())
+    best = quant_lab.list_best(served.results["variants"])
+    assert f"Fastest in vllm 0.26.0, one sequence: {FP8} or {W8A8}" in best
+    assert f"Fastest in vllm 0.26.0, a batch of 2: {FP8} or {W8A8}" in best
+    figure = quant_lab.draw_summary(served.results)
+    panel = figure.axes[-1]
+    assert panel.get_title() == "the same in vllm 0.26.0"
+    assert [bar.get_width() for bar in panel.patches] == pytest.approx([1, 2, 2])
+    card = (served.folder / "checkpoints" / FP8 / "README.md").read_text(encoding="utf-8")
+    assert "As served by vllm 0.26.0" in card and f"| {W8A8}" not in card
+
+
+def test_what_was_not_served_is_ranked_by_the_loop_of_that_name(served):
+    rows = [dict(row) for row in served.results["variants"]]
+    del rows[1]["served"]  # As of a run before there was a server.
+    best = quant_lab.list_best(rows)
+    assert any(line.startswith("Fastest in this script's own loop, one") for line in best)
+    tables = quant_lab.render_tables(served.results, rows)
+    assert tables.count(FP8) == 4, "quality, speed, batches, cost"
+    for row in rows:
+        row.pop("served", None)
+    assert "As served" not in quant_lab.render_tables(served.results, rows)
+    assert len(quant_lab.draw_summary(dict(served.results, variants=rows)).axes) == 4
+
+
+def test_finished_figures_are_kept(served, tmp_path, capsys):
+    lab = go_on(served, tmp_path)
+    for label in lab.options.variants:
+        quant_lab.run_variant(label, lab)
+    assert serve(lab) == []
+    assert "quantizing" not in capsys.readouterr().out
+    assert json.dumps(lab.rows, sort_keys=True) == json.dumps(served.lab.rows, sort_keys=True)
+
+
+def test_one_that_fails_or_hangs_is_an_error_and_the_row_stays(
+        served, tmp_path, capsys, monkeypatch):
+    """Another engine serves all anew; what failed is tried again by the next run."""
+    monkeypatch.setattr(quant_lab, "PATIENCE", 15)
+    monkeypatch.setenv("STAND_IN", json.dumps(dict(version="0.27.1rc1")))
+    lab = go_on(served, tmp_path)
+    notes = serve(lab, version="0.27.1rc1", fails=[FP8], hangs=[W8A8])
+    assert [note["label"] for note in notes] == [BASE, FP8, W8A8, BASE]
+    out = capsys.readouterr().out
+    assert f"{W8A8}  in vllm 0.27.1rc1, for 15 s at most" in out
+    base, fp8, w8a8 = (lab.rows[label] for label in (BASE, FP8, W8A8))
+    assert all(row["status"] == "ok" and row["error"] is None for row in lab.rows.values())
+    assert base["served"]["error"] is None and base["served"]["drift"] is not None
+    assert fp8["served"]["error"] == (
+        f"RuntimeError: no kernel for this one; vllm-{FP8}.log has more")
+    assert "no kernel for this one" in (lab.output / f"vllm-{FP8}.log").read_text()
+    assert w8a8["served"]["error"] == f"it was ended after 15 s; vllm-{W8A8}.log has more"
+    results = read_strict(lab.output / "results.json")
+    assert results["variants"][1]["served"]["error"] == fp8["served"]["error"]
+    verdict = " ".join(quant_lab.render_verdict(results["variants"]).split())
+    assert "not served: RuntimeError: no kernel for this one" in verdict
+    assert "failed" in quant_lab.render_tables(results, results["variants"]).split("\n\n")[-3]
+    assert any(line.startswith("Fastest in this script's own loop, one")
+               for line in quant_lab.list_best(results["variants"]))
+    again = serve(lab, version="0.27.1rc1")
+    assert [note["label"] for note in again] == [FP8, W8A8, BASE]
+    assert all(row["served"]["error"] is None for row in lab.rows.values())
+
+
+def test_a_baseline_that_drifts_makes_all_noisy(served, tmp_path):
+    lab = go_on(served, tmp_path, "--variants", FP8)
+    for row in lab.rows.values():
+        row["served"] = None
+    del lab.rows[W8A8]
+    assert [note["label"] for note in serve(lab, slower=1.06)] == [BASE, FP8, BASE]
+    rows = read_strict(lab.output / "results.json")["variants"]
+    assert [row["served"]["drift"] for row in rows] == pytest.approx([0.06, 0.06])
+    tables = quant_lab.render_tables(served.results, rows)
+    assert "is 6.0 % off: all noisy" in " ".join(tables.split())
+    assert tables.split("\n\n")[-3].count("noisy") == 2 * 3
+    best = quant_lab.list_best(rows)[2]
+    assert best == (f"Fastest in vllm 0.26.0, one sequence: unknown; not counted, too noisy: "
+                    f"{BASE}, {FP8}")
+    assert serve(lab) != [], "the next run measures again"
+    assert max(row["served"]["drift"] for row in lab.rows.values()) < 1e-9
+
+
+def test_a_t4_serves_float16(served, tmp_path):
+    lab = go_on(served, tmp_path)
+    lab.head["config"]["dtype"] = "float32"
+    for row in lab.rows.values():
+        row["served"] = None
+    lab.rows = {BASE: lab.rows[BASE]}
+    assert [note["dtype"] for note in serve(lab, capability=[7, 5])] == ["float16"] * 2
+    lab.rows[BASE]["served"] = None
+    assert [note["dtype"] for note in serve(lab, capability=[8, 0])] == ["float32"] * 2
+
+
+@pytest.mark.parametrize("given, said, reason", [
+    ("nowhere/python", {}, "No such file or directory"),
+    (sys.executable, {}, "No module named 'vllm'"),
+    (str(ROOT), {}, "ermission denied"),
+    (None, dict(version="0.19.1"), "vLLM 0.19.1 (0.20 is the first), a GPU: True"),
+    (None, dict(gpu=False), "vLLM 0.26.0 (0.20 is the first), a GPU: False")])
+def test_what_cannot_serve_is_refused_before_anything_is_quantized(
+        small, texts, tmp_path, python, given, said, reason):
+    run = run_process(*quick_words(small, texts), "--output-dir", tmp_path / "out",
+                      "--vllm", given or python, STAND_IN=json.dumps(said))
+    assert run.returncode == 2, run.stdout
+    line = run.stderr.strip().split("\n")[-1]
+    assert line.startswith(f"quant_lab: --vllm {given or python}: ") and reason in line
+    assert "give the python of an environment with vLLM" in line
+    assert "quantizing" not in run.stdout and not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("device, engine, shown", [
+    ("cuda", "", True), ("cuda", "vllm 0.26.0", False), ("cpu", "", False)])
+def test_without_a_server_the_report_ends_with_how_to_get_one(
+        served, monkeypatch, capsys, device, engine, shown):
+    *_, cell = ast.parse(SCRIPT.read_text(encoding="utf-8")).body
+    lab = SimpleNamespace(device=torch.device(device), engine=engine, output=served.folder)
+    names = dict(vars(quant_lab), __name__="__main__", LAB=lab,
+                 collect_results=lambda _: dict(served.results, command=["python", "x y.py"]))
+    exec(compile(ast.Module([cell], []), "cell", "exec"), names)
+    out = capsys.readouterr().out
+    lines = ["    python -m venv serve", "    serve/bin/pip install vllm",
+             "    python 'x y.py' --vllm serve/bin/python"]
+    assert ("\n".join(lines) in out) == shown
