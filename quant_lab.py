@@ -54,7 +54,6 @@ from unittest.mock import patch
 
 import psutil
 import torch
-from accelerate.utils import release_memory
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -712,17 +711,14 @@ class Decoder:
                 record(lambda: [x.add_(1) for _ in range(1000)])()
             self.step = record(self.step)
             self.prefill = record(self.prefill) if len(prompts) == 1 else self.prefill
-
     def advance(self, ids: Tensor, places: Tensor) -> None:
         mask = None if self.masks is None else self.masks[:, :, places]
         output = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1,
                             position_ids=places[None], past_key_values=self.cache)
         self.token.copy_(output.logits[:, -1:].argmax(-1))
-
     def step(self) -> None:
         self.advance(self.token, self.position)
         self.position += 1
-
     def run(self, steps: int) -> tuple[float, float]:
         """Return seconds to the first token, of the prefill, and to the last."""
         self.cache.reset()
@@ -875,6 +871,7 @@ def measure_served(label: str, lab: SimpleNamespace) -> dict:
 
 def serve_all(lab: SimpleNamespace) -> None:
     """Measure in vLLM what is finished and was not yet, the baseline first and last."""
+    from accelerate.utils import release_memory
     release_memory()  # The server wants the GPU for itself.
     rows = [row for row in lab.rows.values() if row["status"] == "ok"]
     new = [row for row in rows if not row["served"] or row["served"]["error"]
@@ -1341,6 +1338,7 @@ and up, into one product: another 6 to 20 % of a step, for some twenty-five line
 # %%
 def place_model(folder: Path, options: Options, device: torch.device):
     """Return a causal LM on the device; `unpacked` lists what of it is not packed."""
+    from accelerate.utils import release_memory
     from transformers import AutoModelForCausalLM
     from transformers.integrations import sdpa_attention
     release_memory()  # Of models in reference cycles.
@@ -1824,9 +1822,9 @@ def draw_summary(results: dict):
     base = next((row for row in rows if row["label"] == BASELINE), ROW)
     panels = {"weight_bytes": "bytes on disk", "weights_memory_bytes": "in memory",
               "tok_s@1": "tokens/s, one sequence"}
-    panels |= {f"tok_s@{batch}": f"tokens/s, batch of {batch}"} if batch > 1 else {}
     if base.get("served"):
-        panels["served"] = f"the same in {base['served']['engine']}"
+        panels["served"] = f"in {base['served']['engine']}"
+    panels |= {f"tok_s@{batch}": f"tokens/s, batch of {batch}"} if batch > 1 else {}
     y = [f"{row['label']}\nperplexity × {render_cell(row, QUALITY[1])}" for row in rows]
     figure = Figure(figsize=(13, 2.5 + 0.6 * len(rows)), layout="constrained")
     for axes, key in zip(figure.subplots(1, len(panels), sharey=True), panels):
@@ -1971,7 +1969,8 @@ if __name__ == "__main__":
 With `--vllm`, all that is finished once more, where it would be deployed: expect other
 times, and often another order. Where the two disagree, the server is right about the
 server, and the loop above about the format: what it costs with little around it. A
-server that fails leaves its reason in the row, which stays."""
+server that fails leaves its reason in the row, which stays. Of a small model it measures
+the host, whose pace changes: let nothing else run on the machine."""
 
 # %%
 if __name__ == "__main__":

@@ -201,8 +201,8 @@ def refused(run, *names, lines=1):
 
 
 @pytest.mark.parametrize("words, names", [
-    (["--windw", "64"], ["--windw", "--window"]),
-    (["--win", "64"], ["--win"]),
+    (["--windw", "64"], ["--windw", "--help"]),
+    (["--win", "64"], ["--win", "--help"]),
     (["--unheard-of", "64"], ["--unheard-of", "--help"]),
     (["stray"], ["stray"]),
     (["--window", "many"], ["--window", "many"]),

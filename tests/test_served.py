@@ -113,8 +113,8 @@ def test_the_report_shows_and_ranks_what_the_server_gave(served):
     assert f"Fastest in vllm 0.26.0, one sequence: {FP8} or {W8A8}" in best
     assert f"Fastest in vllm 0.26.0, a batch of 2: {FP8} or {W8A8}" in best
     figure = quant_lab.draw_summary(served.results)
-    panel = figure.axes[-1]
-    assert panel.get_title() == "the same in vllm 0.26.0"
+    panel = figure.axes[-2]
+    assert panel.get_title() == "in vllm 0.26.0"
     assert [bar.get_width() for bar in panel.patches] == pytest.approx([1, 2, 2])
     card = (served.folder / "checkpoints" / FP8 / "README.md").read_text(encoding="utf-8")
     assert "As served by vllm 0.26.0" in card and f"| {W8A8}" not in card
