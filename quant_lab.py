@@ -1969,7 +1969,7 @@ if __name__ == "__main__":
 With `--vllm`, all that is finished once more, where it would be deployed: expect other
 times, and often another order. Where the two disagree, the server is right about the
 server, and the loop above about the format: what it costs with little around it. A
-server that fails leaves its reason in the row, which stays. Of a small model it measures
+server that fails leaves its reason in the row, which stays. Of a small model one sees
 the host, whose pace changes: let nothing else run on the machine."""
 
 # %%
