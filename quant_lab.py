@@ -684,7 +684,7 @@ def record(work):
 
 # %%
 class Decoder:
-    """Continue prompts [batch, n] in tensors of fixed size, compiled as CUDA graphs."""
+    """Continue prompts [batch, n] in tensors of fixed size; if compiled, by graphs."""
     def __init__(self, model, prompts: Tensor, new_tokens: int, compiled: bool):
         from transformers.cache_utils import Cache, StaticCache, StaticLayer
         self.model, self.start, self.masks = model, prompts.shape[1], None
@@ -695,10 +695,9 @@ class Decoder:
             self.cache = Cache(layers=[StaticLayer(length) for _ in layers])
             size = 1, 1, length, length
             self.masks = prompts.new_full(size, -math.inf, dtype=model.dtype).triu(1)
-        self.token = prompts[:, -1:].clone()
-        places = torch.arange(self.start, device=prompts.device)
-        self.prefill = partial(self.advance, prompts, places)
-        self.position = places[-1:] + 1
+        self.token, self.prompts = prompts[:, -1:].clone(), prompts
+        self.places = torch.arange(self.start, device=prompts.device)
+        self.position = self.places[-1:] + 1
         self.prefill()  # Makes the tensors of the cache.
         if not self.cache.get_seq_length():
             raise ValueError("this model takes no static cache")
@@ -710,12 +709,15 @@ class Decoder:
             for _ in range(16):  # As many as a server has: those of few replay faster.
                 record(lambda: [x.add_(1) for _ in range(1000)])()
             self.step = record(self.step)
-            self.prefill = record(self.prefill) if len(prompts) == 1 else self.prefill
+            if len(prompts) == 1:
+                self.prefill = record(self.prefill)
     def advance(self, ids: Tensor, places: Tensor) -> None:
         mask = None if self.masks is None else self.masks[:, :, places]
         output = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1,
                             position_ids=places[None], past_key_values=self.cache)
         self.token.copy_(output.logits[:, -1:].argmax(-1))
+    def prefill(self) -> None:
+        self.advance(self.prompts, self.places)
     def step(self) -> None:
         self.advance(self.token, self.position)
         self.position += 1
@@ -779,21 +781,22 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
 What one deploys is a server, whose kernels may rank the formats in another order.
 `--vllm PYTHON` names the interpreter of an environment that has vLLM (its pins differ
 from llmcompressor's: it can never be this one). There each checkpoint, in a process of
-its own, continues the same prompts, greedy, to the same length, without prefix caching:
-by one token for TTFT, then by `--new-tokens`; what that takes longer is decoding. Which
-kernels it chose, and how many tokens its cache of keys and values holds, its log says.
+its own, continues the same prompts, greedy, to the same length, without prefix caching.
+TTFT is the time for one token; what `--new-tokens` take longer is decoding. Which
+kernels it chose, and how many tokens its cache of keys and values holds in 80 % of the
+GPU, its log says.
 
-Those are its engine's times, without HTTP and other people's requests; for these the
-report names the arguments of its own load generator, `vllm bench serve`. It batches,
-schedules and samples on the host between steps, which a small model's step waits for.
+Those are its engine's times, without HTTP and other requests; for these the report
+names the arguments of `vllm bench serve`. Between steps it schedules, prepares inputs
+and turns tokens into text on the host: with a small model, a step waits for that.
 
 Its completions are compared with this script's: a server that reads a checkpoint
-wrongly differs from the first token on. Order must not decide: the baseline is measured
-first, and again last. If the two differ by more than 5 %, in latency or in decoding at
-any batch size, all that the server gave counts as noisy."""
+wrongly differs at once in most. Order must not decide: the baseline is measured first,
+and again last. If the two differ by more than 5 %, in latency or in decoding at any
+batch size, or could not be compared, all that the server gave counts as noisy."""
 
 # %%
-PATIENCE, DRIFT = 1200, 0.05  # Seconds for a checkpoint; of the baseline's own times.
+PATIENCE, DRIFT = 1200, 0.05  # Seconds for a checkpoint; between two baselines.
 SERVED = dict.fromkeys("""
     engine kernel ttft_s latency_s decode kv_tokens divergence error drift""".split())
 
@@ -806,7 +809,7 @@ def serve(model: str, prompts: list, chats: list, config: dict) -> None:
     llm = vllm.LLM(
         model=model, dtype="float16" if is_old else config["dtype"],
         max_model_len=max(map(len, prompts + chats)) + count, seed=config["seed"],
-        enable_prefix_caching=False)
+        enable_prefix_caching=False, gpu_memory_utilization=0.8)  # Some is taken here.
     def run(inputs, tokens, ignore_eos):
         inputs, start = [dict(prompt_token_ids=x) for x in inputs], time.perf_counter()
         outputs = llm.generate(inputs, vllm.SamplingParams(
@@ -816,22 +819,21 @@ def serve(model: str, prompts: list, chats: list, config: dict) -> None:
                for n in config["batch_sizes"]] for _ in range(1 + config["repeats"])]
     print("\nRESULT", json.dumps([rounds[1:], run(chats, count, False)[1]]), flush=True)
 
-def run_there(python: str, code: str, log: Path) -> str:
-    """Return what code prints elsewhere, also logged; ValueError if it fails."""
-    # One process, so that none is left over; what is installed here is not seen there.
+def run_there(exe: str, code: str, log: Path) -> str:
+    """Return what code prints in another environment, logged; or say what failed."""
     variables = dict(PYTHONPATH="", VLLM_ENABLE_V1_MULTIPROCESSING="0")
     with log.open("w", encoding="utf-8") as stream:
         try:
             done = subprocess.run(
-                [python, "-c", "import json, sys; exec(sys.stdin.read())"], text=True,
-                input=code, stdout=stream, stderr=stream, timeout=PATIENCE,
+                [os.path.expanduser(exe), "-c", "import sys; exec(sys.stdin.read())"],
+                input=code, text=True, stdout=stream, stderr=stream, timeout=PATIENCE,
                 env=os.environ | variables)
         except subprocess.TimeoutExpired:
             raise ValueError(f"it was ended after {PATIENCE} s") from None
-    said = log.read_text("utf-8", errors="replace")
+    said = log.read_text("utf-8", errors="replace").split("\nException ignored in")[0]
     if done.returncode:
-        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", said, re.M)
-        raise ValueError((errors or said.strip().split("\n"))[-1])
+        errors = re.findall(r"^[\w.]*(?:Error|Exception)\b.*(?:\n .*)*", said, re.M)
+        raise ValueError((errors or [f"exit code {done.returncode}: {said[-99:]}"])[-1])
     return said
 
 def find_engine(options: Options, log: Path) -> str:
@@ -840,7 +842,7 @@ def find_engine(options: Options, log: Path) -> str:
     with usable("--vllm", options.vllm, "give the python of an environment with vLLM"):
         sees_gpu, version = run_there(options.vllm, ask, log).split()[-2:]
         if sees_gpu == "False" or [*map(int, version.split(".")[:2])] < [0, 20]:
-            raise ValueError(f"vLLM {version} (0.20 is the first), a GPU: {sees_gpu}")
+            raise ValueError(f"vLLM {version} (0.20 is the first); a GPU: {sees_gpu}")
     return f"vllm {version}"
 
 # %%
@@ -850,7 +852,7 @@ def measure_served(label: str, lab: SimpleNamespace) -> dict:
     given = json.dumps(dict(
         model=str(lab.output / "checkpoints" / label), config=lab.head["config"],
         prompts=cut_prompts(lab).tolist(), chats=[x[0].tolist() for x in lab.prompts]))
-    code = f"{inspect.getsource(serve)}\nserve(**json.loads({given!r}))"
+    code = f"import json\n{inspect.getsource(serve)}\nserve(**json.loads({given!r}))"
     print(f"{label:20} in {lab.engine}, for {PATIENCE} s at most", flush=True)
     try:
         said = run_there(lab.options.vllm, code, log)
@@ -863,28 +865,29 @@ def measure_served(label: str, lab: SimpleNamespace) -> dict:
     kernels = set(re.findall(r"(?:Selected|Using) (\w+) for CompressedTensors", said))
     room = re.search(r"KV cache size: ([\d,]+) tokens", said)
     here = [one["completion"] for one in lab.rows[label]["divergence"]["completions"]]
-    ids = [[lab.tokenizer(text).input_ids for text in some] for some in (texts, here)]
+    ids = [lab.tokenizer(x, add_special_tokens=False).input_ids for x in (texts, here)]
     return served | waits[0] | dict(
         decode=list(decode), kernel=" and ".join(sorted(kernels)) or None,
         kv_tokens=room and int(room[1].replace(",", "")),
         divergence=compare_completions(*ids, lab))
 
 def serve_all(lab: SimpleNamespace) -> None:
-    """Measure in vLLM what is finished and was not yet, the baseline first and last."""
+    """Measure all that is finished in vLLM, if any was not yet; the baseline twice."""
     from accelerate.utils import release_memory
     release_memory()  # The server wants the GPU for itself.
     rows = [row for row in lab.rows.values() if row["status"] == "ok"]
-    new = [row for row in rows if not row["served"] or row["served"]["error"]
-           or row["served"]["engine"] != lab.engine
-           or row["served"]["drift"] is None or row["served"]["drift"] > DRIFT]
-    for row in new:
+    if all(as_served(row)["engine"] == lab.engine and not row["served"]["error"]
+           and as_served(row)["drift"] <= DRIFT for row in rows):
+        return
+    for row in rows:
         row["served"] = measure_served(row["label"], lab)
         write_outputs(lab)
-    twice = [lab.rows[BASELINE]["served"], measure_served(BASELINE, lab)] if new else []
-    times = [[x["latency_s"], *(one["itl_ms"] for one in x["decode"])]
-             for x in twice if x and not x["error"]]
-    for row in rows if len(times) == 2 else ():
-        drifts = [abs(b["median"] / a["median"] - 1) for a, b in zip(*times)]
+    base = lab.rows.get(BASELINE)
+    both = [base["served"], measure_served(BASELINE, lab)] if base in rows else []
+    timings = [[one["latency_s"], *(x["itl_ms"] for x in one["decode"])]
+               for one in both if not one["error"]]
+    for row in rows if len(timings) == 2 else ():
+        drifts = [abs(b["median"] / a["median"] - 1) for a, b in zip(*timings)]
         row["served"]["drift"] = max(drifts)
     write_outputs(lab)
 
@@ -1058,14 +1061,14 @@ COST = (("weights MB", "weights_memory_bytes", 1, 1e-6), ("size", "size_ratio", 
         ("compile s", "compile_seconds", 1, 1))
 
 WAITS = SPEED[0], *SPEED[2:]
-ROOM = (("KV tokens", "kv_tokens", 0, 1), ("tokens", "divergence", 0, 1),
+ROOM = (("KV tokens", "kv_tokens", 0, 1), ("same tokens", "divergence", 0, 1),
         ("kernel", "kernel", 0, 1))
 
 def as_served(row: dict) -> dict:
-    """Return a row with the server's figures in place of those of this script."""
     served = row.get("served") or SERVED
     failed = dict(status="failed") if served["error"] else {}
-    return row | served | failed | dict(drift=served["drift"] or 0)
+    drift = math.inf if served["drift"] is None else served["drift"]  # Not compared.
+    return row | served | failed | dict(drift=drift)
 
 def read_figure(row: dict, key: str) -> Cell:
     """Return a figure of a row, or a word that says why there is none."""
@@ -1076,8 +1079,7 @@ def read_figure(row: dict, key: str) -> Cell:
         return Cell(x or ("failed" if row["status"] == "failed" else "–"))
     x = x if isinstance(x, dict) else dict(value=x, low=x, high=x)
     middle, low, high = list(x.values())[:3]
-    drifts = row.get("drift", 0) > DRIFT
-    noisy = "samples" in x and (drifts or high > NOISE_LIMIT * low)
+    noisy = "samples" in x and (high > NOISE_LIMIT * low or row.get("drift", 0) > DRIFT)
     return Cell("", middle, low, high, "min" in x, noisy)
 
 def render_cell(row: dict, column: tuple) -> str:
@@ -1126,10 +1128,10 @@ def render_tables(results: dict, rows: list[dict]) -> str:
         drift = max(row["drift"] for row in served)
         tables.append(fill(
             f"As served by {served[0]['engine']}; the baseline, again at the end, is "
-            f"{100 * drift:.1f} % off{': all noisy' if drift > DRIFT else ''}. Tokens: "
-            "those above, beside this script's. Under load: `vllm bench serve --model "
-            f"CHECKPOINT --random-input-len {done['prompt_tokens']} "
-            f"--random-output-len {new}` while `vllm serve CHECKPOINT` runs."))
+            f"{f'{100 * drift:.1f} % off' if drift < math.inf else 'not compared'}"
+            f"{', all noisy' if drift > DRIFT else ''}. Under load: `vllm bench serve "
+            f"--model FOLDER --random-input-len {done['prompt_tokens'] or 512} "
+            f"--random-output-len {new}` while `vllm serve FOLDER` runs."))
         tables += [render_table(x, served) for x in (WAITS, *batches, ROOM)]
     return "\n\n".join([fill(protocol), *tables])
 
@@ -1168,8 +1170,9 @@ def list_best(rows: list[dict]) -> list[str]:
         row["gap"] = estimate(gap[:, None])  # To the least.
     sizes = [e["batch"] for row in rows for e in row["decode"] or () if e["tok_s"]]
     n, where = max(sizes, default=1), "this script's own loop"
-    if all((row.get("served") or SERVED)["decode"] for row in done):
-        done, where = [as_served(row) for row in done], done[0]["served"]["engine"]
+    served = [as_served(row) for row in done]
+    if all(row["status"] == "ok" and row["drift"] <= DRIFT for row in served):
+        done, where = served, served[0]["engine"]
     goals = {"weight_bytes": "Smallest", "gap": "Closest to the reference by KLD",
              "itl_ms@1": f"Fastest in {where}, one sequence"}
     goals |= {f"itl_ms@{n}": f"Fastest in {where}, a batch of {n}"} if n > 1 else {}
@@ -1332,8 +1335,8 @@ A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8
 four INT4 to an int16. Its scale is [outputs, groups], one group unless INT4. A word of
 a checkpoint's INT4 holds eight neighbours, the first in its lowest bits; here the n
 int16 of a group hold inputs 0 to n - 1 in their lowest bits, then the next n, so that
-neighbours in memory meet neighbouring inputs. (A server would join q, k and v, and gate
-and up, into one product: another 6 to 20 % of a step, for some twenty-five lines.)"""
+neighbours in memory meet neighbouring inputs. (A server joins q, k and v, and gate and
+up, into one product: another 6 to 22 % of a step, for some twenty-five lines.)"""
 
 # %%
 def place_model(folder: Path, options: Options, device: torch.device):
@@ -1822,8 +1825,7 @@ def draw_summary(results: dict):
     base = next((row for row in rows if row["label"] == BASELINE), ROW)
     panels = {"weight_bytes": "bytes on disk", "weights_memory_bytes": "in memory",
               "tok_s@1": "tokens/s, one sequence"}
-    if base.get("served"):
-        panels["served"] = f"in {base['served']['engine']}"
+    panels |= {"served": f"in {base['served']['engine']}"} if base.get("served") else {}
     panels |= {f"tok_s@{batch}": f"tokens/s, batch of {batch}"} if batch > 1 else {}
     y = [f"{row['label']}\nperplexity × {render_cell(row, QUALITY[1])}" for row in rows]
     figure = Figure(figsize=(13, 2.5 + 0.6 * len(rows)), layout="constrained")
@@ -1890,12 +1892,12 @@ def set_up(words: list[str]) -> SimpleNamespace:
     with usable("--output-dir", output, "name another that can be written to"):
         lab.output = Path(output).expanduser()
         lab.output.mkdir(parents=True, exist_ok=True)
+        lab.engine = options.vllm and find_engine(options, lab.output / "vllm.log")
         if options.fresh:
             (lab.output / "results.json").unlink(missing_ok=True)
             for label in VARIANTS:
                 shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
         take_over(lab)
-    lab.engine = options.vllm and find_engine(options, lab.output / "vllm.log")
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))
     return lab
@@ -1967,10 +1969,9 @@ if __name__ == "__main__":
 """## In a server
 
 With `--vllm`, all that is finished once more, where it would be deployed: expect other
-times, and often another order. Where the two disagree, the server is right about the
-server, and the loop above about the format: what it costs with little around it. A
-server that fails leaves its reason in the row, which stays. Of a small model one sees
-the host, whose pace changes: let nothing else run on the machine."""
+times, and perhaps another order. Where the two disagree, the server is right about the
+server, and the loop above about the format: what it costs with little around it. Of a
+small model one sees the host, whose pace changes: let nothing else run there."""
 
 # %%
 if __name__ == "__main__":
@@ -1992,8 +1993,8 @@ if __name__ == "__main__":
         display(Image(LAB.output / "summary.png"))
     show("## Verdict\n\n" + render_verdict(RESULTS["variants"]))
     if LAB.device.type == "cuda" and not LAB.engine:
-        again = shlex.join([*RESULTS["command"], "--vllm", "serve/bin/python"])
-        show("To see how a server ranks them, which keeps what is finished:\n\n"
-             f"    python -m venv serve\n    serve/bin/pip install vllm\n    {again}")
+        words = shlex.join(word for word in RESULTS["command"] if word != "--fresh")
+        show("In a server, too:\n\n    python -m venv serve\n    serve/bin/pip install"
+             f" vllm\n    {words} --vllm serve/bin/python")
     if not IN_NOTEBOOK and any(row["error"] for row in RESULTS["variants"]):
         sys.exit(1)

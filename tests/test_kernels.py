@@ -34,7 +34,7 @@ def compile_kernel(kernel, sm, types, options=None, **constants):
     signature = {name: types.get(name, "constexpr") for name in names}
     constants = {name: constants.get(name) for name in names if name not in types}
     aligned = [i for i, name in enumerate(names)
-               if signature[name][0] == "*" or name in ("outputs", "width", "span", "length")]
+               if signature[name][0] == "*" or name in ("outputs", "width", "span")]
     source = ASTSource(kernel, signature,
                        {(names.index(name),): x for name, x in constants.items()},
                        {(i,): [["tt.divisibility", 16]] for i in aligned})

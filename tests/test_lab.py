@@ -666,7 +666,7 @@ def test_experts_that_do_not_load_again_fail(texts, tmp_path, quick_collection):
     assert base["status"] == "ok" and len(rows) == 3
     for row in rows:
         assert row["status"] == "failed" and row["perplexity"] is None, row
-        print(row["error"])
+        assert "experts" in row["error"] and "lost" in row["error"]
 
 
 @pytest.fixture(scope="module")
