@@ -652,7 +652,7 @@ of kernels would each be started from Python, and at this size one would measure
 On a CPU, and where layers do not compile (sliding windows, soft caps, some experts),
 that is what is left. Compare it with its like; `runs_as` tells.
 
-The first three graphs of a process replay up to 17 % faster than all do once a fourth
+The first three graphs of a process replay 14 to 21 % faster than all do once a fourth
 is recorded (H200; why is not known). Servers record dozens; so does this."""
 
 # %%

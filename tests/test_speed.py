@@ -250,7 +250,7 @@ def test_e4m3_without_fp8_instructions():
 
 @torch.no_grad()
 def test_fp8_below_sm_89_is_the_same(models):
-    """Take the Linears that are not joined: without FP8 instructions, the same bits."""
+    """Multiply without FP8 instructions: the same bits."""
     folder = models["01_fp8_dynamic", True]
     old, new = load(folder, True, (7, 5)), load(folder, True)
     for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
