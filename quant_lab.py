@@ -1125,13 +1125,13 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     tables = [render_table(x, rows) for x in (QUALITY, SPEED, *batches, COST)]
     served = [as_served(row) for row in rows if row.get("served")]
     if served:
-        drift = max(row["drift"] for row in served)
+        drift, folder = max(row["drift"] for row in served), served[-1]["checkpoint"]
         tables.append(fill(
             f"As served by {served[0]['engine']}; the baseline, again at the end, is "
             f"{f'{100 * drift:.1f} % off' if drift < math.inf else 'not compared'}"
-            f"{', all noisy' if drift > DRIFT else ''}. Under load: `vllm bench serve "
-            f"--model FOLDER --random-input-len {done['prompt_tokens'] or 512} "
-            f"--random-output-len {new}` while `vllm serve FOLDER` runs."))
+            f"{', all noisy' if drift > DRIFT else ''}. Under load: `vllm serve "
+            f"{folder}`, then `vllm bench serve --model {folder} --random-input-len "
+            f"{done['prompt_tokens'] or 512} --random-output-len {new}`."))
         tables += [render_table(x, served) for x in (WAITS, *batches, ROOM)]
     return "\n\n".join([fill(protocol), *tables])
 

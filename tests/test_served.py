@@ -105,8 +105,8 @@ def test_completions_are_compared_with_the_labs(served):
 def test_the_report_shows_and_ranks_what_the_server_gave(served):
     summary = " ".join((served.folder / "summary.md").read_text(encoding="utf-8").split())
     assert "As served by vllm 0.26.0" in summary and "0.0 % off" in summary
-    assert "vllm bench serve --model FOLDER --random-input-len 512 --random-output-len 4" in (
-        summary)
+    assert (f"`vllm serve checkpoints/{W8A8}`, then `vllm bench serve --model checkpoints/{W8A8} "
+            "--random-input-len 512 --random-output-len 4`") in summary
     table = quant_lab.render_tables(served.results, served.results["variants"]).split("\n\n")
     assert "kernel |" in table[-1] and "12,345" in table[-1] and "StandInKernel" in table[-1]
     fp8 = served.results["variants"][1]["served"]["decode"][0]["tok_s"]["median"]
@@ -120,6 +120,7 @@ def test_the_report_shows_and_ranks_what_the_server_gave(served):
     assert [bar.get_width() for bar in panel.patches] == pytest.approx([1, 2, 2])
     card = (served.folder / "checkpoints" / FP8 / "README.md").read_text(encoding="utf-8")
     assert "As served by vllm 0.26.0" in card and f"| {W8A8}" not in card
+    assert f"`vllm serve checkpoints/{FP8}`" in " ".join(card.split())
 
 
 def test_what_was_not_served_is_ranked_by_the_loop_of_that_name(served):
