@@ -732,8 +732,7 @@ class Decoder:
             self.step()
         return first - start, now() - start
 
-def cut_prompts(lab: SimpleNamespace) -> Tensor:
-    """Return prompts [largest batch, 512] of the text, which is repeated if short."""
+def cut_prompts(lab: SimpleNamespace) -> Tensor:  # [Largest batch, 512], repeated.
     size = max(lab.options.batch_sizes), min(512, lab.context - lab.options.new_tokens)
     ids = lab.windows[:, lab.unscored :].flatten()
     return ids[torch.arange(math.prod(size)) % len(ids)].view(size)
@@ -821,13 +820,14 @@ def serve(model: str, prompts: list, chats: list, config: dict) -> None:
 
 def run_there(exe: str, code: str, log: Path) -> str:
     """Return what code prints in another environment, logged; or say what failed."""
-    variables = dict(PYTHONPATH="", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    exe = os.path.expanduser(exe)
+    own = dict(PYTHONPATH="", VLLM_ENABLE_V1_MULTIPROCESSING="0",  # Its tools, too.
+               PATH=f"{Path(exe).parent.absolute()}:{os.environ['PATH']}")
     with log.open("w", encoding="utf-8") as stream:
         try:
             done = subprocess.run(
-                [os.path.expanduser(exe), "-c", "import sys; exec(sys.stdin.read())"],
-                input=code, text=True, stdout=stream, stderr=stream, timeout=PATIENCE,
-                env=os.environ | variables)
+                [exe, "-c", "import sys;exec(sys.stdin.read())"], input=code, text=True,
+                stdout=stream, stderr=stream, timeout=PATIENCE, env=os.environ | own)
         except subprocess.TimeoutExpired:
             raise ValueError(f"it was ended after {PATIENCE} s") from None
     said = log.read_text("utf-8", errors="replace").split("\nException ignored in")[0]
@@ -881,7 +881,6 @@ def serve_all(lab: SimpleNamespace) -> None:
         return
     for row in rows:
         row["served"] = measure_served(row["label"], lab)
-        write_outputs(lab)
     base = lab.rows.get(BASELINE)
     both = [base["served"], measure_served(BASELINE, lab)] if base in rows else []
     timings = [[one["latency_s"], *(x["itl_ms"] for x in one["decode"])]
@@ -969,11 +968,12 @@ def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
               and (m.kind != "dense" or label == BASELINE)]  # lm_head says nothing.
     dtype, tokens = DTYPES[options.dtype], dict(prefill=prompt_tokens)
     tokens |= {f"batch {n}" if n > 1 else "decode": n for n in options.batch_sizes}
-    said = list(model.unpacked)
-    for phase, n in tokens.items() if packed else ():
-        said.append(f"{phase} " + " and ".join(sorted({m.choose_route(n).value.format(
-            dtype if m.kind == "dense" else m.kind, dtype) for m in packed})))
-    return " · ".join(said) or dtype
+    routes = {phase: " and ".join(sorted({m.choose_route(n).value.format(
+        dtype if m.kind == "dense" else m.kind, dtype) for m in packed}))
+        for phase, n in tokens.items()}
+    said = [f"{', '.join(x for x in routes if routes[x] == route)} {route}"
+            for route in dict.fromkeys(routes.values()) if route]
+    return " · ".join(model.unpacked + said) or dtype
 
 def benchmark_speed(label: str, lab: SimpleNamespace) -> dict:
     """Return speed and memory of a checkpoint: compiled, else not, else the reason."""

@@ -82,7 +82,7 @@ def test_the_figures_are_those_of_the_clock(served):
         assert said["drift"] == pytest.approx(0, abs=1e-9)
 
 
-def test_the_baseline_is_measured_first_and_last_and_each_in_a_process(served):
+def test_the_baseline_is_measured_first_and_last_and_each_in_a_process(served, python):
     assert [note["label"] for note in served.notes] == [BASE, FP8, W8A8, BASE]
     for note in served.notes:
         longest = max(512, *(ids.shape[1] for ids in served.lab.prompts))
@@ -91,6 +91,7 @@ def test_the_baseline_is_measured_first_and_last_and_each_in_a_process(served):
         assert note["part"] == 0.8, "of the GPU; some of it this process holds"
         assert note["path"] == SERVED, "no package of this environment leads there"
         assert note["multiprocessing"] == "0"
+        assert note["tools"] == str(python.parent), "as if the environment were activated"
 
 
 def test_completions_are_compared_with_the_labs(served):

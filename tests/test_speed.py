@@ -179,7 +179,7 @@ def test_the_baseline_says_that_it_runs_through_the_kernel_too(models, monkeypat
     folder, options = models[quant_lab.BASELINE, True], quant_lab.Options()
     model = load(folder, True, (7, 5))
     assert quant_lab.name_routes(quant_lab.BASELINE, model, 9, options) == (
-        "prefill fp16 · decode fp16 in registers · batch 8 fp16 · batch 32 fp16")
+        "prefill, batch 8, batch 32 fp16 · decode fp16 in registers")
     model = load(folder, True)
     assert quant_lab.name_routes(quant_lab.BASELINE, model, 9, options) == "fp16"
 
@@ -569,7 +569,7 @@ def test_emulated_is_the_ecosystems_path(lab, tmp_path):
     _, packed = run_all(lab(*words))["variants"]
     _, row = run_all(lab(*words, "--execution", "emulated", "--output-dir",
                          tmp_path / "emulated"))["variants"]
-    assert packed["runs_as"] == "prefill dequantized to fp16 · decode dequantized to fp16 · not compiled"
+    assert packed["runs_as"] == "prefill, decode dequantized to fp16 · not compiled"
     assert row["runs_as"] == (
         "emulated, weights unpacked to fp16"
         " · not compiled")

@@ -44,7 +44,7 @@ class LLM:
             notes.write_text(before + json.dumps(dict(
                 label=self.label, dtype=dtype, max_model_len=max_model_len, seed=seed,
                 caching=enable_prefix_caching, part=gpu_memory_utilization,
-                path=os.environ["PYTHONPATH"],
+                path=os.environ["PYTHONPATH"], tools=os.environ["PATH"].split(":")[0],
                 multiprocessing=os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"])) + "\n")
         if self.label in SAID["hangs"]:
             time.sleep(60)
