@@ -732,7 +732,8 @@ class Decoder:
             self.step()
         return first - start, now() - start
 
-def cut_prompts(lab: SimpleNamespace) -> Tensor:  # [Largest batch, 512], repeated.
+def cut_prompts(lab: SimpleNamespace) -> Tensor:
+    """Return prompts [largest batch, 512] of the text, which is repeated if short."""
     size = max(lab.options.batch_sizes), min(512, lab.context - lab.options.new_tokens)
     ids = lab.windows[:, lab.unscored :].flatten()
     return ids[torch.arange(math.prod(size)) % len(ids)].view(size)
@@ -876,8 +877,8 @@ def serve_all(lab: SimpleNamespace) -> None:
     from accelerate.utils import release_memory
     release_memory()  # The server wants the GPU for itself.
     rows = [row for row in lab.rows.values() if row["status"] == "ok"]
-    if all(as_served(row)["engine"] == lab.engine and not row["served"]["error"]
-           and as_served(row)["drift"] <= DRIFT for row in rows):
+    if all(row["status"] == "ok" and row["engine"] == lab.engine
+           and row["drift"] <= DRIFT for row in map(as_served, rows)):
         return
     for row in rows:
         row["served"] = measure_served(row["label"], lab)
@@ -923,9 +924,9 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
                   window_begin=lab.tokenizer.decode(lab.begin),
                   prompts_in_the_chat_template=fingerprint(prompts),
                   chats=chats and fingerprint(hash_files(chats)))
-    packages = "torch transformers llmcompressor compressed_tensors".split()
-    versions = dict(python=platform.python_version(), cuda=torch.version.cuda) | {
-        package: importlib.metadata.version(package) for package in packages}
+    versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
+    for package in "torch transformers llmcompressor compressed_tensors".split():
+        versions[package] = importlib.metadata.version(package)
     cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
     machine = dict(name=f"{[*cpus, platform.machine()][0]}, {os.cpu_count()} cores",
                    device=lab.device.type, threads=torch.get_num_threads(), driver=None,
@@ -975,16 +976,14 @@ def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
             for route in dict.fromkeys(routes.values()) if route]
     return " · ".join(model.unpacked + said) or dtype
 
-def benchmark_speed(label: str, lab: SimpleNamespace) -> dict:
+def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
     """Return speed and memory of a checkpoint: compiled, else not, else the reason."""
     options, reasons, prompts = lab.options, [], cut_prompts(lab)
-    compiles = lab.device.type == "cuda" and not options.no_compile
+    compiles = lab.device.type == "cuda" and packs and not options.no_compile
     for compiled in [True, False] if compiles else [False]:
         how, model = "compiled" if compiled else "not compiled", None  # Frees the last.
         try:
             model = place_model(lab.output / "checkpoints" / label, options, lab.device)
-            if compiled and not model.packs:
-                continue
             speed = measure_speed(model, prompts.to(model.device), options, compiled)
             routes = name_routes(label, model, prompts.shape[1], options)
             return speed | dict(runs_as=" · ".join([routes, how, *reasons]))
@@ -1023,9 +1022,9 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             row["load_seconds"] = now() - begin
             row |= measure_quality(model, lab)
             row["weights_memory_bytes"] = model.get_memory_footprint()
-            model = None  # To be freed.
+            packs, model = model.packs, None  # To be freed.
             say("timing")
-            row |= benchmark_speed(label, lab) | dict(status="ok")
+            row |= benchmark_speed(label, lab, packs) | dict(status="ok")
         except Exception as error:
             tip = f"; {steps[-1]}: less --window, --calibration-length, smaller --model"
             row["error"] = describe(error) + (tip if lacks_memory(error) else "")
@@ -1202,7 +1201,7 @@ def render_verdict(rows: list[dict]) -> str:
             line += "; it cannot be distinguished from the reference in perplexity"
         if count := row["rtn_fallbacks"]:
             line += f"; warning: {count} modules fell back to rounding: --dampening"
-        if error := (row.get("served") or SERVED)["error"]:
+        if error := as_served(row)["error"]:
             line += f"; not served: {quote(error)}"
         lines.append("; ".join([line, *row["notes"], f"runs as: {row['runs_as']}"]))
     return "\n".join(fill(line, "- ") for line in lines)

@@ -638,8 +638,7 @@ def refuse_to_calibrate(patch):
     patch.setattr(llmcompressor, "oneshot", refuse)
 
 
-def test_experts_in_fp8_are_measured_as_they_run(
-        texts, tmp_path, quick_collection, monkeypatch):
+def test_experts_in_fp8_are_measured_as_they_run(texts, tmp_path, quick_collection):
     """transformers unpacks experts on loading; W8A8 of them it does not load at all."""
     model = make("qwen3_moe", tmp_path / "model")
     build = run_words(tmp_path / "out", model, texts, "--variants", "fp8")

@@ -15,6 +15,7 @@ import quant_lab
 BASE, FP8, INT4, INT8 = ("00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16",
                          "03_smoothquant_w8a8")
 CONTROL = "rtn_w4a16"
+OWN_LOOP = "Fastest in this script's own loop, "
 
 
 render_readme = load_by_path("render_readme")
@@ -336,7 +337,7 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
         other = find_cell(calm, FP8, title)
         assert "noisy" not in other
     best = read_best(calm["variants"])
-    for goal in ("Fastest in this script's own loop, one sequence", "Fastest in this script's own loop, a batch of 8"):
+    for goal in (OWN_LOOP + "one sequence", OWN_LOOP + "a batch of 8"):
         names, too_noisy = best[goal]
         assert (label in names, label in too_noisy) == (not noisy, noisy)
         assert names and names != {"unknown"}
@@ -471,7 +472,7 @@ def test_verdict_begins_with_what_to_take_for_what(results):
         row["label"] for row in rows if row["weight_bytes"] < 1.01 * smallest}
     batch = max(results["config"]["batch_sizes"])
     for number, what in (0, "one sequence"), (-1, f"a batch of {batch}"):
-        names, noisy = said[f"Fastest in this script's own loop, {what}"]
+        names, noisy = said[OWN_LOOP + what]
         figures = {row["label"]: row["decode"][number]["tok_s"] for row in rows}
         assert noisy == {label for label, one in figures.items()
                          if one["max"] > 1.3 * one["min"]}
@@ -519,7 +520,7 @@ def test_ranges_that_meet_are_not_ranked(calm):
     for row in rows[1:]:
         row["decode_tok_s"] = row["decode"][0]["tok_s"] = rows[0]["decode_tok_s"]
         row["decode"][0]["itl_ms"] = rows[0]["decode"][0]["itl_ms"]
-    assert read_best(rows)["Fastest in this script's own loop, one sequence"][0] == {BASE, FP8, INT4, INT8}
+    assert read_best(rows)[OWN_LOOP + "one sequence"][0] == {BASE, FP8, INT4, INT8}
     rows[2]["status"] = "failed"
     assert INT4 not in " ".join(quant_lab.list_best(rows))
     assert quant_lab.list_best(rows[:1]) == []
@@ -718,7 +719,7 @@ def test_a_variant_without_speed_keeps_its_other_figures(calm):
         assert bool(numbers(cell)) == there and "failed" not in cell
     best = read_best(calm["variants"])
     assert INT4 in best["Smallest"][0]
-    for goal in ("Fastest in this script's own loop, one sequence", "Fastest in this script's own loop, a batch of 8"):
+    for goal in (OWN_LOOP + "one sequence", OWN_LOOP + "a batch of 8"):
         names, noisy = best[goal]
         assert INT4 not in names | noisy and names != {"unknown"}
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -57,8 +58,6 @@ def served(small, texts, tmp_path_factory, quick_collection, python):
 
 def go_on(served, tmp_path, *words):
     """Set up the served run again in a copy of its folder; words are options on top."""
-    import shutil
-
     folder = shutil.copytree(served.folder, tmp_path / "copy")
     return quant_lab.set_up([str(x) for x in (*served.words, "--output-dir", folder, *words)])
 

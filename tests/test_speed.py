@@ -509,7 +509,8 @@ def on_gpu(labs, monkeypatch):
         folder, options, torch.device("cpu")))
     lab = vary(labs[True], device=torch.device("cuda", 0))
     return lambda label, **changes: quant_lab.benchmark_speed(
-        label, vary(lab, options=replace(lab.options, **changes)))
+        label, vary(lab, options=replace(lab.options, **changes)),
+        changes.get("execution") != "emulated")
 
 
 def test_compiling_that_fails_is_measured_eagerly_and_said(on_gpu, monkeypatch):
@@ -557,7 +558,7 @@ def test_prompts_are_the_evaluation_text(labs, monkeypatch):
     for windows, context, wanted in ((7, 2048, 512), (3, 2048, 512), (7, 100, 96)):
         ids = torch.arange(windows * 102).view(windows, 102)
         found = quant_lab.benchmark_speed(
-            quant_lab.BASELINE, vary(lab, windows=ids, context=context))["prompts"]
+            quant_lab.BASELINE, vary(lab, windows=ids, context=context), True)["prompts"]
         text = [token for token in range(windows * 102) if token % 102 >= 2]
         assert found.tolist() == [
             [text[(wanted * number + place) % len(text)] for place in range(wanted)]
@@ -769,7 +770,7 @@ def test_timing_leaves_nothing_on_a_gpu(labs, monkeypatch):
     lab = vary(labs[True], device=torch.device("cuda", 0))
     made, held = note_models(monkeypatch), []
     for label in ALL + ALL:
-        row = quant_lab.benchmark_speed(label, lab)
+        row = quant_lab.benchmark_speed(label, lab, True)
         assert row["runs_as"].endswith(" · compiled"), row["runs_as"]
         release_memory()
         assert made[-1]() is None
