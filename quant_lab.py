@@ -45,7 +45,7 @@ import time
 import traceback
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -58,8 +58,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.benchmark import Timer
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 try:
     import triton
@@ -156,37 +155,45 @@ DEMO = dict(model="tests/tiny-qwen2", calibration_data="tests/demo/chats.jsonl",
             eval_text="tests/demo/eval.txt", calibration_samples=32,
             calibration_length=512, window=512, batch_sizes=(1, 8))
 
+# The first option of each group in --help.
+HELP_GROUPS = dict(model="what to run", calibration_data="data",
+                   new_tokens="measurement", output_dir="output and advice")
+
 def option(default, remark: str, low=None, high=math.inf, choices=None):
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    remark += f" [{shown}]" if shown not in ("", False) else ""
     return field(default=default, metadata=dict(
-        help=f"{remark} [%(default)s]", low=low, high=high, choices=choices))
+        help=remark, low=low, high=high, choices=choices))
 
 @dataclass(frozen=True)
 class Options:
     model: str = option("Qwen/Qwen2.5-0.5B-Instruct", "hub id or folder of a causal LM")
-    variants: tuple = option(DEFAULT, "all, or parts of labels: fp8 w4a16 rtn awq")
-    output_dir: str = option("", "where to write, if not results/<model>-<device>")
-    calibration_data: str = option(ULTRACHAT, "a .json(l) closer to your traffic")
-    calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
-    calibration_length: int = option(1024, "tokens a sample; less to save memory", 8)
-    eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
-    window: int = option(2048, "tokens; 2048 compares with papers", 2)
-    max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
+    variants: tuple = option(DEFAULT, f"all, or parts of {', '.join(VARIANTS)}")
+    plain_text: bool = option(False, "no chat template, for a base model")
+    dtype: str = option("float16", "another if float16 overflows",
+                        choices=(*DTYPES, *DTYPES.values()))
     group_size: int = option(0, "of int4; 0: as large as fits", choices=(0, *GROUPS))
     dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
     smoothing_strength: float = option(0.8, "less leaves more to activations", 0, 1)
-    new_tokens: int = option(64, "length of the completions", 2)
-    batch_sizes: tuple = option((1, 8, 32), "sequences decoded at once; 1 always is", 1)
-    repeats: int = option(5, "more if the range of the timings is wide", 1)
+    device: str = option("auto", "cpu runs anywhere", choices=("auto", "cuda", "cpu"))
     execution: str = option("packed", "emulated is what plain transformers does",
                             choices=("packed", "emulated"))
-    no_compile: bool = option(False, "a quick look at speed; a CPU never compiles")
-    dtype: str = option("float16", "another if float16 overflows",
-                        choices=(*DTYPES, *DTYPES.values()))
-    device: str = option("auto", "cpu runs anywhere", choices=("auto", "cuda", "cpu"))
-    seed: int = option(42, "to see what the choice of chats changes", 0, 2**32 - 1)
-    plain_text: bool = option(False, "no chat template, for a base model")
     vllm: str = option("", "python of an environment with vLLM, to measure there, too")
     demo: bool = option(False, "tiny model and text beside this: no GPU, no network")
+    calibration_data: str = option(ULTRACHAT, "a .json(l) closer to your traffic")
+    calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
+    calibration_length: int = option(1024, "tokens a sample; less to save memory", 8)
+    seed: int = option(42, "to see what the choice of chats changes", 0, 2**32 - 1)
+    eval_text: str = option(WIKITEXT, "a text file (UTF-8) of your domain")
+    window: int = option(2048, "tokens; 2048 compares with papers", 2)
+    max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
+    new_tokens: int = option(64, "length of the completions", 2)
+    batch_sizes: tuple = option((1, 8, 32), "sequences decoded at once; 1 always is", 1)
+    prompt_lengths: tuple = option((128, 512, 2048), "tokens before the first new one", 1)
+    repeats: int = option(5, "more if the range of the timings is wide", 1)
+    no_compile: bool = option(False, "a quick look at speed; a CPU never compiles")
+    output_dir: str = option("", "where to write, if not results/<model>-<device>")
+    max_loss: float = option(2.0, "percent more perplexity that you would accept", 0)
     fresh: bool = option(False, "forget finished work in the output folder")
 
 def read_words() -> list[str]:
@@ -204,23 +211,28 @@ def find_label(word: str) -> str:
 
 def parse_options(words: list[str]) -> Options:
     """Read options from command-line words; a bad name or value exits with 2."""
-    parser = ArgumentParser("quant_lab.py", description=__doc__, allow_abbrev=False,
-                            formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser(
+        "quant_lab.py", "%(prog)s [options]", re.sub("^# |[*`]", "", __doc__),
+        allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Options)}
     forms = {bool: dict(action="store_true"), tuple: dict(nargs="+")}
     for flag, f in flags.items():
+        if f.name in HELP_GROUPS:
+            group = parser.add_argument_group(HELP_GROUPS[f.name])
         form = forms.get(f.type, dict(type=f.type, choices=f.metadata["choices"]))
-        parser.add_argument(flag, default=f.default, help=f.metadata["help"], **form)
+        group.add_argument(flag, default=f.default, help=f.metadata["help"], **form)
     if "--demo" in words:
         parser.set_defaults(**DEMO)
     given = parser.parse_args(words)
     parts = ",".join(given.variants).split(",")
     labels = {BASELINE, *(VARIANTS if "all" in parts else map(find_label, parts))}
     given.variants = tuple(label for label in VARIANTS if label in labels)
-    sizes = ",".join(map(str, given.batch_sizes))
-    with usable("--batch-sizes", sizes, "give whole numbers"):
-        given.batch_sizes = tuple(sorted({1, *map(int, sizes.split(","))}))
+    for name, always in dict(batch_sizes={1}, prompt_lengths=set()).items():
+        numbers = ",".join(map(str, getattr(given, name)))
+        with usable("--" + name.replace("_", "-"), numbers, "give whole numbers"):
+            numbers = always.union(map(int, numbers.split(",")))
+            setattr(given, name, tuple(sorted(numbers)))
     given.dtype = dict(zip(DTYPES.values(), DTYPES)).get(given.dtype, given.dtype)
     for flag, f in flags.items():
         value, low, high = getattr(given, f.name), f.metadata["low"], f.metadata["high"]
@@ -277,7 +289,8 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
     with usable("--model", options.model, "give a causal LM: hub id or whole folder"):
         folder = find_path(options.model) or Path(snapshot_download(
             options.model, ignore_patterns=["*/*", "consolidated*"],
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja",
+                            "README.md"]))
         names = " ".join(file.name for file in folder.glob("*"))
         config = read_json(folder / "config.json")
         kind = (config.get("architectures") or [""])[0]
@@ -320,8 +333,8 @@ def fetch(files: str, column: str, rows: int = 2**20) -> list:
     return read_json(kept)[column]
 
 # %%
-def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
-    """Return a chat's format and its turns, or text as it is; ValueError if unknown."""
+def read_chat(entry: dict) -> list[dict] | str:
+    """Return a chat's turns, or a text as it is; ValueError if the format is unknown."""
     forms = "messages", "conversations", "prompt completion", "text"
     form, chat = next((f for f in forms if set(f.split()) <= entry.keys()), ""), []
     for key in form.split():
@@ -338,7 +351,7 @@ def read_chat(entry: dict) -> tuple[str, list[dict] | str]:
             chat.append(turn | dict(role=role, content=content))
     if not any(turn["content"].strip() for turn in chat):
         raise ValueError(f"has {', '.join(entry) or 'no keys'}, and no chat")
-    return form, chat[0]["content"] if form == "text" else chat
+    return chat[0]["content"] if form == "text" else chat
 
 def read_chats(name: str) -> list:
     """Return chats of a file; ValueError names the line or entry that is none."""
@@ -354,9 +367,7 @@ def read_chats(name: str) -> list:
                 raise ValueError(f"{unit} {number}: {getattr(error, 'msg', error)}")
             except (AttributeError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{unit} {number}: no chat: {line[:80]}") from None
-    forms = Counter(form for form, _ in found)
-    print(f"chats        {', '.join(f'{n} of {form}' for form, n in forms.items())}")
-    return [chat for _, chat in found]
+    return found
 
 # %%
 def load_calibration(options: Options, tokenizer, context: int) -> dict[str, list]:
@@ -437,11 +448,11 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     with llmcompressor_session(model, len(recipe)) as log:
         if recipe:
             fit_groups(recipe, model, lab.options, row)
+            fit_smoothing(recipe, model, lab.windows[:1, :128], row)
             start = now()
-            with fit_smoothing(recipe, model, lab.windows[:1, :128], row):
-                oneshot(model=model, recipe=recipe, processor=lab.tokenizer,
-                        dataset=chats, shuffle_calibration_samples=False,
-                        batch_size=min(8, 1 + len(chats or ()) // 40))
+            oneshot(model=model, recipe=recipe, processor=lab.tokenizer, dataset=chats,
+                    shuffle_calibration_samples=False,
+                    batch_size=min(8, 1 + len(chats or ()) // 40))
             row["quantize_seconds"] = now() - start
         model.save_pretrained(draft)  # Adds recipe.yaml from the session.
     if label != BASELINE:
@@ -558,11 +569,7 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     states, losses = zip(*((hidden.cpu(), losses.cpu())
                            for hidden, _, losses in score_text(model, lab)))
     completions, decoder = complete_prompts(model, lab), find_decoder(model)
-    ids = lab.windows[:1, :2].to(lab.device)
-    alone, output = (decoder(input_ids=x, use_cache=False) for x in (ids[:, :1], ids))
-    first, with_next = (x.last_hidden_state[0, 0] for x in (alone, output))
-    if (first - with_next).norm() > 0.1 * first.norm():
-        raise ValueError("a token sees what comes after it: this is no causal LM")
+    output = decoder(input_ids=lab.windows[:1, :1].to(lab.device), use_cache=False)
     for part in decoder.children():  # What is left is the head, and what follows it.
         if isinstance(part, torch.nn.ModuleList):
             del part[:]
@@ -637,8 +644,6 @@ greedy, whatever the model's own settings ask for, so no variant ends early.
 - **TTFT**: time to the first token, the prefill. **Latency**: that and all new tokens.
 - **tokens/s**, **batch n**: tokens after the first over the seconds they take, for one
   sequence and for n, of different text. Prefill is timed for one.
-- **bandwidth**: bytes that a step has to read (weights, without an embedding that is
-  only looked up, and the cache) over its time, as a part of what copying reaches here.
 - **weights**: parameters and buffers in memory afterwards. **Peak**: the allocator's,
   in a prefill or a step of one sequence (GPU only).
 
@@ -685,10 +690,10 @@ def record(work):
 # %%
 class Decoder:
     """Continue prompts [batch, n] in tensors of fixed size; if compiled, by graphs."""
-    def __init__(self, model, prompts: Tensor, new_tokens: int, compiled: bool):
+    def __init__(self, model, prompts: Tensor, steps: int, compiled: bool):
         from transformers.cache_utils import Cache, StaticCache, StaticLayer
         self.model, self.start, self.masks = model, prompts.shape[1], None
-        length = math.ceil((self.start + new_tokens) / 16) * 16  # SDPA wants that.
+        length = math.ceil((self.start + steps + 1) / 16) * 16  # SDPA wants that.
         self.cache = StaticCache(model.config, length)
         if compiled:  # Every layer keeps all places, over a row of what each may see.
             layers = find_decoder(model).layers
@@ -701,14 +706,15 @@ class Decoder:
         self.prefill()  # Makes the tensors of the cache.
         if not self.cache.get_seq_length():
             raise ValueError("this model takes no static cache")
-        self.run(2)  # Compiles, and warms up.
+        self.run(min(2, steps))  # Compiles, and warms up.
         if prompts.is_cuda:
             torch.cuda.reset_peak_memory_stats()
         if compiled and prompts.is_cuda:
             x = torch.zeros(1, device=prompts.device)
             for _ in range(16):  # As many as a server has: those of few replay faster.
                 record(lambda: [x.add_(1) for _ in range(1000)])()
-            self.step = record(self.step)
+            if steps:
+                self.step = record(self.step)
             if len(prompts) == 1:
                 self.prefill = record(self.prefill)
     def advance(self, ids: Tensor, places: Tensor) -> None:
@@ -739,41 +745,61 @@ def cut_prompts(lab: SimpleNamespace) -> Tensor:
     return ids[torch.arange(math.prod(size)) % len(ids)].view(size)
 
 # %%
+CONTEXT = 8192  # Tokens of a user whose keys and values are to fit.
+
+def count_kv_bytes(model, ids: Tensor) -> int:
+    """Return bytes a token of a cache of CONTEXT, all kinds of layers together."""
+    from transformers.cache_utils import StaticCache
+    cache = StaticCache(model.config, CONTEXT)
+    model(input_ids=ids, past_key_values=cache)  # Makes its tensors.
+    held = tree_leaves([vars(layer) for layer in cache.layers])
+    return round(sum(x.nbytes for x in held if isinstance(x, Tensor)) / CONTEXT)
+
+def time_runs(model, prompts: Tensor, steps: int, repeats: int, compiled: bool) -> list:
+    """Return seconds to the first and to the last token of each run; none if OOM."""
+    try:
+        decoder = Decoder(model, prompts, steps, compiled)
+        return [decoder.run(steps) for _ in range(1 + repeats)][1:]
+    except Exception as error:
+        if not lacks_memory(error):
+            raise
+        return []
+
 @torch.no_grad()
 def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> dict:
     """Return speed and memory of continuing prompts [n, tokens], batch by batch."""
-    size = 10**9 if prompts.is_cuda else 10**8  # Bytes, beyond any cache.
-    setup = f"x, y = torch.ones(2, {size}, dtype=torch.int8, device='{model.device}')"
-    timer = Timer("y.copy_(x)", setup, num_threads=torch.get_num_threads())
-    bandwidth = 2 * size / timer.timeit(10).median  # Read and written, per second.
-    steps, first, decode, preparing = options.new_tokens - 1, None, [], 0.0
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = embedding.weight.data_ptr() == head.weight.data_ptr()
-    weights = model.get_memory_footprint() - (0 if tied else embedding.weight.nbytes)
+    steps, decode, prefill = options.new_tokens - 1, [], []
+    speed = dict(prompt_tokens=prompts.shape[1], decode=decode, prefill=prefill,
+                 kv_bytes_per_token=count_kv_bytes(model, prompts[:1, :1]))
     if compiled:
         compile_layers(model)
     for batch in show_progress("timing", options.batch_sizes):
-        decoder, begin = None, now()  # Frees the one before.
-        try:
-            decoder = Decoder(model, prompts[:batch], options.new_tokens, compiled)
-            preparing += now() - begin
-            warm_up, *runs = [decoder.run(steps) for _ in range(1 + options.repeats)]
-        except Exception as error:
-            if not decode or not lacks_memory(error):
-                raise
-            decode.append(dict.fromkeys(decode[0]) | dict(batch=batch, error="OOM"))
+        has_kernel = batch == 1 or not compiled or not any(
+            isinstance(m, PackedLinear) and any(m.sm)
+            and m.choose_route(batch) is Route.DEQUANTIZED for m in model.modules())
+        runs = has_kernel and time_runs(
+            model, prompts[:batch], steps, options.repeats, compiled)
+        if not runs and not decode:
+            raise MemoryError("out of memory: one sequence does not fit")
+        if not runs:
+            decode.append(dict.fromkeys(decode[0]) | dict(
+                batch=batch, error="OOM" if has_kernel else "no kernel"))
             continue
         waits, figures = summarize_runs(batch, steps, runs)
-        first = first or waits | dict(
-            peak_memory_bytes=torch.cuda.max_memory_allocated() or None)
-        cached = [x for layer in decoder.cache.layers for x in vars(layer).values()]
-        read = weights + sum(x.nbytes for x in cached if isinstance(x, Tensor))
-        reached = 1000 * read / figures["itl_ms"]["median"]  # Bytes per second.
-        decode.append(figures | dict(
-            step_bytes=read, bandwidth_fraction=reached / bandwidth))
-    return first | dict(
-        decode=decode, decode_tok_s=decode[0]["tok_s"], copy_bandwidth=bandwidth,
-        prompt_tokens=prompts.shape[1], compile_seconds=preparing if compiled else None)
+        decode.append(figures)
+        if batch == 1:
+            speed |= waits
+        if batch == 1 and prompts.is_cuda:
+            peak = torch.cuda.max_memory_allocated()
+            room = 0.9 * torch.cuda.get_device_properties(0).total_memory - peak
+            room = max(0, int(room / speed["kv_bytes_per_token"]))
+            speed |= dict(peak_memory_bytes=peak, kv_tokens=room)
+    text = prompts.repeat(max(options.prompt_lengths, default=0), 1).view(1, -1)
+    for tokens in options.prompt_lengths:
+        runs = time_runs(model, text[:, :tokens], 0, options.repeats, compiled)
+        prefill.append(dict(prompt_tokens=tokens, error=None if runs else "OOM",
+                            ttft_s=summarize([x for x, _ in runs]) if runs else None))
+    return speed
 
 # %% [markdown]
 """## As served
@@ -902,28 +928,37 @@ a run that differs is refused and told by what. Where only a recipe changed, its
 measured again when asked for; other changes of the script go unnoticed: `--fresh`.
 
 A compiler that crashes ends the run: take `--no-compile` and another `--output-dir`.
-**compile s**: with warm-up and recording, for all batch sizes."""
+"""
 
 # %%
 ROW = dict.fromkeys("""
     label status error scheme checkpoint weight_bytes size_ratio quantize_seconds
     rtn_fallbacks group_size smoothing notes perplexity perplexity_interval
     perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
-    load_seconds compile_seconds weights_memory_bytes peak_memory_bytes ttft_s latency_s
-    decode_tok_s decode copy_bandwidth prompt_tokens runs_as served
+    weights_memory_bytes peak_memory_bytes kv_bytes_per_token kv_tokens ttft_s latency_s
+    prefill decode prompt_tokens runs_as served
     fingerprint""".split())
-SCHEMA = 6  # Raised when keys go: older results are refused.
-MAY_DIFFER = "variants", "output_dir", "vllm", "fresh", "memory_bytes"
+SCHEMA = 7  # Raised when keys go: older results are refused.
+MAY_DIFFER = "variants", "output_dir", "vllm", "max_loss", "fresh", "memory_bytes"
+
+def name_model(lab: SimpleNamespace) -> dict:
+    """Return the model's name; base and licence as hub or model card have them."""
+    from huggingface_hub import ModelCard
+    name, card = lab.options.model, {}
+    with contextlib.suppress(Exception):  # Not all have one, or one that can be read.
+        card = ModelCard.load(lab.model_folder / "README.md").data.to_dict()
+    base = card.get("base_model") if find_path(name) else name
+    return dict(model_name=lab.model_folder.resolve().name if find_path(name) else name,
+                base_model=base, license=card.get("license"))
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     """Return the head of results.json: all that shapes a figure."""
-    name, chats = lab.options.model, find_path(lab.options.calibration_data)
-    base, prompts = None if find_path(name) else name, [x.tolist() for x in lab.prompts]
+    chats, prompts = lab.options.calibration_data, [x.tolist() for x in lab.prompts]
     inputs = dict(model_files=fingerprint(hash_files(lab.model_folder)),
                   eval_tokens=fingerprint(lab.windows.tolist()),
                   window_begin=lab.tokenizer.decode(lab.begin),
                   prompts_in_the_chat_template=fingerprint(prompts),
-                  chats=chats and fingerprint(hash_files(chats)))
+                  chats=fingerprint(hash_files(find_path(chats) or Path(chats))))
     versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
     for package in "torch transformers llmcompressor compressed_tensors".split():
         versions[package] = importlib.metadata.version(package)
@@ -938,7 +973,7 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
                         compute_capability=f"{gpu.major}.{gpu.minor}",
                         driver=subprocess.getoutput(query))
     return dict(command=["python", "quant_lab.py", *words], schema=SCHEMA,
-                base_model=base, model_name=base or lab.model_folder.resolve().name,
+                **name_model(lab),
                 config=json.loads(json.dumps(asdict(lab.options))), inputs=inputs,
                 machine=machine, versions=versions)
 
@@ -964,17 +999,16 @@ def take_over(lab: SimpleNamespace) -> None:
     lab.rows = {row["label"]: ROW | row for row in rows}
 
 # %%
-def name_routes(label: str, model, prompt_tokens: int, options: Options) -> str:
+def name_routes(label: str, model, counts: tuple, options: Options) -> str:
+    """Return what products of so many tokens run as, but for lm_head's, always dense."""
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)
-              and (m.kind != "dense" or label == BASELINE)]  # lm_head says nothing.
-    dtype, tokens = DTYPES[options.dtype], dict(prefill=prompt_tokens)
-    tokens |= {f"batch {n}" if n > 1 else "decode": n for n in options.batch_sizes}
-    routes = {phase: " and ".join(sorted({m.choose_route(n).value.format(
-        dtype if m.kind == "dense" else m.kind, dtype) for m in packed}))
-        for phase, n in tokens.items()}
-    said = [f"{', '.join(x for x in routes if routes[x] == route)} {route}"
-            for route in dict.fromkeys(routes.values()) if route]
-    return " · ".join(model.unpacked + said) or dtype
+              and (m.kind != "dense" or label == BASELINE)]
+    dtype = DTYPES[options.dtype]
+    if not packed:
+        return dtype if label == BASELINE else f"emulated, weights unpacked to {dtype}"
+    return ", ".join(dict.fromkeys(
+        m.choose_route(n).value.format(dtype if m.kind == "dense" else m.kind, dtype)
+        for n in counts for m in packed))
 
 def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
     """Return speed and memory of a checkpoint: compiled, else not, else the reason."""
@@ -985,7 +1019,8 @@ def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
         try:
             model = place_model(lab.output / "checkpoints" / label, options, lab.device)
             speed = measure_speed(model, prompts.to(model.device), options, compiled)
-            routes = name_routes(label, model, prompts.shape[1], options)
+            tokens = prompts.shape[1], *options.batch_sizes
+            routes = name_routes(label, model, tokens, options)
             return speed | dict(runs_as=" · ".join([routes, how, *reasons]))
         except Exception as error:
             traceback.print_exc()  # Goes to the log.
@@ -1017,9 +1052,7 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             say("quantizing")
             row |= read_checkpoint(label, lab) or quantize_variant(label, lab)
             say("scoring")
-            begin = now()
             model = place_model(folder, lab.options, lab.device)
-            row["load_seconds"] = now() - begin
             row |= measure_quality(model, lab)
             row["weights_memory_bytes"] = model.get_memory_footprint()
             packs, model = model.packs, None  # To be freed.
@@ -1052,14 +1085,11 @@ Cell = namedtuple("Cell", "word middle low high ranged noisy", defaults=[None] *
 QUALITY = (("MB", "weight_bytes", 1, 1e-6), ("ratio", "perplexity_ratio", 4, 1),
            ("perplexity", "perplexity_interval", 2, 1), ("KLD", "kld", 5, 1),
            ("top-1 %", "top1_agreement", 1, 1), ("tokens", "divergence", 0, 1))
-SPEED = (("tokens/s", "tok_s@1", 1, 1), ("bandwidth %", "bandwidth_fraction@1", 0, 100),
-         ("TTFT ms", "ttft_s", 1, 1000), ("latency s", "latency_s", 3, 1))
+SPEED = (("tokens/s", "tok_s@1", 1, 1), ("TTFT ms", "ttft_s", 1, 1000), ("latency s", "latency_s", 3, 1))
+USERS = f"users of {CONTEXT:,}", "users", 0, 1
 COST = (("weights MB", "weights_memory_bytes", 1, 1e-6), ("size", "size_ratio", 3, 1),
-        ("peak MB", "peak_memory_bytes", 1, 1e-6), ("load s", "load_seconds", 1, 1),
-        ("quantize s", "quantize_seconds", 1, 1),
-        ("compile s", "compile_seconds", 1, 1))
-
-WAITS = SPEED[0], *SPEED[2:]
+        ("peak MB", "peak_memory_bytes", 1, 1e-6), ("KV tokens", "kv_tokens", 0, 1),
+        USERS, ("quantize s", "quantize_seconds", 1, 1))
 ROOM = (("KV tokens", "kv_tokens", 0, 1), ("same tokens", "divergence", 0, 1),
         ("kernel", "kernel", 0, 1))
 
@@ -1071,8 +1101,10 @@ def as_served(row: dict) -> dict:
 
 def read_figure(row: dict, key: str) -> Cell:
     """Return a figure of a row, or a word that says why there is none."""
-    figures = row | {f"{name}@{one['batch']}": one.get("error") or x
-                     for one in row["decode"] or () for name, x in one.items()}
+    figures = row | dict(users=row["kv_tokens"] and row["kv_tokens"] // CONTEXT)
+    for one in (*(row["decode"] or ()), *(row["prefill"] or ())):
+        size = one.get("batch") or one["prompt_tokens"]
+        figures |= {f"{name}@{size}": one.get("error") or x for name, x in one.items()}
     x = figures.get(key)
     if x is None or isinstance(x, str):
         return Cell(x or ("failed" if row["status"] == "failed" else "–"))
@@ -1107,40 +1139,41 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
         f"| {' | '.join([name.ljust(first), *map(str.rjust, cells, widths)])} |"
         for name, *cells in (*lines, *more))
 
+def split(columns: list) -> list[list]:
+    return [columns[k : k + 3] for k in range(0, len(columns), 3)]
+
 # %%
 def render_tables(results: dict, rows: list[dict]) -> str:
     config, begin = results["config"], results["inputs"]["window_begin"]
     done = next((row for row in rows if row["status"] == "ok"), ROW)
     begin, new = begin and f", each begun with {quote(begin)}", config["new_tokens"]
     protocol = (
-        f"Quality on {quote(Path(config['eval_text']).name)}: "
-        f"{done['tokens_scored'] or 0:,} tokens in windows of {config['window']:,}"
-        f"{begin}; KLD in nats; tokens: of {new} until a completion differs, median of "
-        f"{len(PROMPTS)}. ±: half a 95 % interval. Speed: median (least–greatest) of "
-        f"{config['repeats']} times {new} tokens after {done['prompt_tokens'] or 0}; "
-        f"noisy: over {NOISE_LIMIT} times the least, not ranked.")
-    batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
-    batches = [batches[k : k + 3] for k in range(1, len(batches), 3)]
-    tables = [render_table(x, rows) for x in (QUALITY, SPEED, *batches, COST)]
+        f"{quote(Path(config['eval_text']).name)}, {done['tokens_scored'] or 0:,} tokens "
+        f"in windows of {config['window']:,}{begin}; KLD in nats; tokens: of {new}. ±: half "
+        f"a 95 % interval. Times: median (least–greatest) of {config['repeats']}, {new} "
+        f"tokens after {done['prompt_tokens'] or 0}; noisy: not ranked.")
+    batches = split([(f"batch {n} tok/s", f"tok_s@{n}", 0, 1)
+                     for n in config["batch_sizes"] if n > 1])
+    lengths = split([(f"TTFT of {n:,} ms", f"ttft_s@{n}", 1, 1000)
+                     for n in config["prompt_lengths"]])
+    tables = [render_table(x, rows) for x in (QUALITY, SPEED, *batches, *lengths, COST)]
     served = [as_served(row) for row in rows if row.get("served")]
     if served:
         drift, folder = max(row["drift"] for row in served), served[-1]["checkpoint"]
         tables.append(fill(
             f"As served by {served[0]['engine']}; the baseline, again at the end, is "
             f"{f'{100 * drift:.1f} % off' if drift < math.inf else 'not compared'}"
-            f"{', all noisy' if drift > DRIFT else ''}. Under load: `vllm serve "
-            f"{folder}`, then `vllm bench serve --model {folder} --random-input-len "
-            f"{done['prompt_tokens'] or 512} --random-output-len {new}`."))
-        tables += [render_table(x, served) for x in (WAITS, *batches, ROOM)]
+            f"{', all noisy' if drift > DRIFT else ''}. Under load: `vllm bench serve "
+            f"--model {folder} --random-input-len {done['prompt_tokens'] or 512} "
+            f"--random-output-len {new}`."))
+        tables += [render_table(x, served) for x in (SPEED, *batches, ROOM)]
     return "\n\n".join([fill(protocol), *tables])
 
-def relate(row: dict, base: dict, key: str) -> tuple[float, str]:
+def relate(row: dict, base: dict, key: str) -> float:
+    """Return the ratio of two figures; 0 where one is not there, or too noisy."""
     mine, theirs = read_figure(row, key), read_figure(base, key)
-    if mine.word or not theirs.middle:
-        return 0, mine.word or "–"
-    if mine.noisy or theirs.noisy:
-        return 0, "too noisy to rank"
-    return mine.middle / theirs.middle, f"{mine.middle / theirs.middle:.3f}"
+    is_sure = mine.middle and theirs.middle and not (mine.noisy or theirs.noisy)
+    return mine.middle / theirs.middle if is_sure else 0
 
 def render_result(label: str, results: dict) -> str:
     rows = {row["label"]: row for row in results["variants"]}
@@ -1151,60 +1184,128 @@ def render_result(label: str, results: dict) -> str:
         return fill(f"{label} failed: {quote(row['error'])}")
     shown = [row] if row is base or base["status"] != "ok" else [base, row]
     columns = QUALITY[0], QUALITY[2], QUALITY[3], SPEED[0], COST[0]
-    ratios = ["ratio", *(relate(row, base, key)[1] for _, key, *_ in columns)]
+    ratios = [relate(row, base, key) for _, key, *_ in columns]
+    ratios = ["ratio", *(f"{x:.3f}" if x else "–" for x in ratios)]
     ratios[2] = render_cell(row, QUALITY[1])  # Paired with the reference: narrow.
     return "\n\n".join([render_table(columns, shown, ratios),
                         fill(f"Runs as: {row['runs_as']}"),
                         render_completions(shown, 0)])
 
 # %%
-def list_best(rows: list[dict]) -> list[str]:
-    """Say who is smallest, closest, fastest; several if ranges, 1 % wider, meet."""
-    done = [row.copy() for row in rows if row["status"] == "ok"]
-    if len(done) < 2:
-        return []
-    others = [row for row in done if row["label"] != BASELINE]
-    klds = torch.tensor([row["kld"]["windows"] for row in others]).double()
-    for row, gap in zip(others, klds - klds[klds.mean(1).argmin()]):
-        row["gap"] = estimate(gap[:, None])  # To the least.
-    sizes = [e["batch"] for row in rows for e in row["decode"] or () if e["tok_s"]]
-    n, where = max(sizes, default=1), "this script's own loop"
-    served = [as_served(row) for row in done]
-    if all(row["status"] == "ok" and row["drift"] <= DRIFT for row in served):
-        done, where = served, served[0]["engine"]
-    goals = {"weight_bytes": "Smallest", "gap": "Closest to the reference by KLD",
-             "itl_ms@1": f"Fastest in {where}, one sequence"}
-    goals |= {f"itl_ms@{n}": f"Fastest in {where}, a batch of {n}"} if n > 1 else {}
-    lines = []
-    for key, goal in goals.items():
-        figures = {row["label"]: read_figure(row, key) for row in done}
-        noisy = [label for label, x in figures.items() if x.noisy]
-        sure = {k: x for k, x in figures.items() if x.low is not None and not x.noisy}
-        bar = 1.01 * min((x.high for x in sure.values()), default=0)
-        best = [label for label, x in sure.items() if 0.99 * x.low <= bar]
-        said = f"; not counted, too noisy: {', '.join(noisy)}" if noisy else ""
-        lines.append(f"{goal}: {' or '.join(best) or 'unknown'}{said}")
-    return lines
+def name_variant(label: str) -> str:
+    """Return a label as people say it, such as "SmoothQuant W8A8"."""
+    words = re.sub(r"^\d+_", "", label).replace("smoothquant", "SmoothQuant").split("_")
+    return " ".join(word.upper() if len(word) < 5 or re.search(r"\d", word) else word
+                    for word in words)
 
-def render_verdict(rows: list[dict]) -> str:
-    lines = list_best(rows)
-    for row in rows:
-        label, ratio = row["label"], row["perplexity_ratio"]
-        if row["error"]:
-            lines.append(f"{label} failed: {quote(row['error'])}")
-            continue
-        line = (f"{label} multiplies perplexity by {render_cell(row, QUALITY[1])}; "
-                f"KLD {render_cell(row, QUALITY[3])}")
-        if ratio["low"] is None:
-            line += "; too few windows, no difference can be claimed"
-        elif ratio["low"] <= 1 <= ratio["high"]:
-            line += "; it cannot be distinguished from the reference in perplexity"
+def find_loss(row: dict) -> float:
+    """Return how much perplexity rises, in percent, at the upper end of its interval."""
+    high = row["perplexity_ratio"]["high"]
+    unknown = 0.0 if row["label"] == BASELINE else math.inf
+    return unknown if high is None else 100 * (high - 1)
+
+def choose_rows(results: dict) -> tuple[list[dict], dict, str]:
+    """Return finished rows, the baseline, and whose times decide, "" if none do."""
+    rows, cuda = results["variants"], results["machine"]["device"] == "cuda"
+    served, loop = [as_served(row) for row in rows], "this script's loop" if cuda else ""
+    if any(row["status"] == "ok" and row["drift"] <= DRIFT for row in served):
+        rows, loop = served, served[0]["engine"]
+    rows = [row for row in rows if row["status"] == "ok"]
+    return rows, next((row for row in rows if row["label"] == BASELINE), ROW), loop
+
+def rank(rows: list[dict], key: str) -> tuple[list[dict], list[str]]:
+    """Return rows that may have the least, by KLD, and labels too noisy to rank."""
+    figures = {row["label"]: read_figure(row, key) for row in rows}
+    sure = {k: x for k, x in figures.items() if x.low is not None and not x.noisy}
+    bar = 1.01 * min((x.high for x in sure.values()), default=0)
+    best = [label for label, x in sure.items() if 0.99 * x.low <= bar]
+    best = [row for row in rows if row["label"] in best]
+    noisy = [label for label, x in figures.items() if x.noisy]
+    return sorted(best, key=lambda row: row["kld"]["mean"]), noisy
+
+def advise(results: dict) -> list[dict]:
+    """Return for each goal what to take, why, and what cannot be told from it."""
+    rows, base, loop = choose_rows(results)
+    rows = [row for row in rows if find_loss(row) <= results["config"]["max_loss"]]
+    others, advice = [row for row in rows if row is not base] or [*rows], []
+    klds = torch.tensor([row["kld"]["windows"] for row in others]).double()
+    gaps = klds - klds[klds.mean(-1).argmin()] if others else ()
+    for row, gap in zip(others, gaps):
+        row["gap"] = estimate(gap[:, None])  # Paired, to the closest of them.
+    n = max([1, *(x["batch"] for row in rows for x in row["decode"] or () if x["tok_s"])])
+    where = f"in {loop or 'this script, on a CPU, where no format has kernels'}"
+    for goal, among, key, column in (  # The least by key is the best.
+            ("one user waiting", rows, "latency_s", (f"s {where}", *SPEED[2][1:])),
+            ("many at once", rows, f"itl_ms@{n}", (
+                f"tokens/s in batches of {n}, {where}", f"tok_s@{n}", 0, 1)),
+            ("least memory", rows, "weights_memory_bytes", ("MB of weights", *COST[0][1:])),
+            ("nothing may change", others, "gap", ("nats of KLD", *QUALITY[3][1:]))):
+        (best, noisy), why = rank(among, key), []
+        for row in best[:1]:
+            why.append(f"{render_cell(row, column)} {column[0]}")
+            if (ratio := relate(row, base, column[1])) and row is not base:
+                why.append(f"{ratio:.2f} times the baseline's")
+            if goal == "least memory" and row["kv_tokens"] is not None:
+                why.append(f"leaves room for {render_cell(row, USERS)} users of {CONTEXT:,} "
+                           f"tokens, the baseline for {render_cell(base, USERS)}")
+        why += [f"too noisy to rank: {', '.join(noisy)}"] if noisy else []
+        label, *ties = [row["label"] for row in best] or [None]
+        advice.append(dict(goal=goal, variant=label, ties=ties,
+                           why="; ".join(why) or "nothing that could be ranked"))
+    return advice
+
+# %%
+def describe_change(row: dict, base: dict, loop: str) -> str:
+    """Return what a variant gains and loses beside the baseline; times if a loop counts."""
+    changes = [(relate(row, base, key), less, more) for key, less, more in (
+        ("weight_bytes", "smaller", "larger"),
+        ("perplexity_ratio", "less perplexity", "more perplexity"),
+        (loop and "latency_s", "faster", "slower"))]
+    return f"{name_variant(row['label'])}: " + ", ".join(
+        f"{100 * abs(ratio - 1):.1f} % {more if ratio > 1 else less}"
+        for ratio, less, more in changes if ratio)
+
+def choose_variant(results: dict) -> tuple[str, str]:
+    """Return what is best for most goals but the last, and a sentence that says so."""
+    rows, base, loop = choose_rows(results)
+    most, goals = results["config"]["max_loss"], advise(results)[0 if loop else 2 : 3]
+    named = [x for one in goals for x in (one["variant"], *one["ties"]) if x]
+    pick = max(named, key=named.count, default=BASELINE)  # Of a draw, the first.
+    others = [row for row in rows if row is not base]
+    for row in others:
+        if row["label"] == pick:
+            return pick, describe_change(row, base, loop)
+    others.sort(key=lambda row: row["kld"]["mean"])
+    reason = ("better" if any(find_loss(row) <= most for row in others)
+              else f"within {most:g} % more perplexity")
+    return pick, f"Keep {results['config']['dtype']}, nothing else is {reason}" + "".join(
+        f". Closest is {describe_change(row, base, loop)}" for row in others[:1])
+
+def render_advice(results: dict, folder="checkpoints") -> str:
+    lines, (pick, sentence) = [], choose_variant(results)
+    for one in advise(results):
+        names = " or ".join(name_variant(x) for x in (one["variant"], *one["ties"]) if x)
+        lines.append(fill(f"{one['goal']}: **{names or 'unknown'}**, {one['why']}", "- "))
+    return "\n\n".join(["\n".join(lines), fill(f"**{sentence}.**"),
+                        f"    vllm serve {folder}/{pick}"])
+
+def render_notes(results: dict) -> str:
+    lines, most = [], results["config"]["max_loss"]
+    for row in results["variants"]:
+        notes = [f"failed: {quote(row['error'])}"] if row["error"] else [*row["notes"]]
+        if row["status"] == "ok" and row["label"] != BASELINE:
+            loss, kld = find_loss(row), 100 * (raise_e(row["kld"]["mean"]) - 1)
+            notes.append(f"{'qualifies' if loss <= most else 'does not qualify'} with up to "
+                         f"{loss:.1f} % more perplexity")
+            if kld > 3 * most >= 3 * loss or 3 * kld < most < loss:
+                notes.append(f"its KLD disagrees, worth {kld:.1f} %: read its completions")
         if count := row["rtn_fallbacks"]:
-            line += f"; warning: {count} modules fell back to rounding: --dampening"
+            notes.append(f"warning: {count} modules fell back to rounding: --dampening")
         if error := as_served(row)["error"]:
-            line += f"; not served: {quote(error)}"
-        lines.append("; ".join([line, *row["notes"], f"runs as: {row['runs_as']}"]))
-    return "\n".join(fill(line, "- ") for line in lines)
+            notes.append(f"not served: {quote(error)}")
+        notes += [f"runs as: {row['runs_as']}"] if row["runs_as"] else []
+        lines.append(fill(f"{name_variant(row['label'])}: {'; '.join(notes)}", "- "))
+    return "\n".join(lines)
 
 # %% [markdown]
 """# Machinery: skip this at first reading
@@ -1223,10 +1324,9 @@ finds no weights, of Mixtral or Granite no names: such a row fails when it is lo
 *Smoothing*: llmcompressor names the norms to smooth, and the Linears that read them, by
 the model's class. For some classes that changes the model: another norm feeds these
 Linears, or a router reads the norm, too. Here one sample runs through the model, and a
-norm is smoothed if all that reads its output are Linears that get quantized. Then the
-same sample proves that smoothing alone changed nothing: above a KLD of 1e-3 between its
-logits before and after, in float32, the row fails. Rounding the smoothed weights to 16
-bits takes about 1e-6, a wrong pair more than 1e-2."""
+norm is smoothed if all that reads its output are Linears that get quantized: what it is
+divided by, they are multiplied by. Tests prove on thirty architectures that smoothing
+alone changes nothing (in float32, a KLD below 1e-6; a wrong pair has over 1e-2)."""
 
 # %%
 def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
@@ -1235,13 +1335,12 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
     sizes = [options.group_size] if options.group_size else GROUPS
     for modifier in [m for m in recipe if hasattr(m, "resolved_config")]:
         groups = modifier.resolved_config.config_groups
-        for scheme in groups.values():
-            weights = scheme.weights
+        for weights, targets in [(x.weights, x.targets) for x in groups.values()]:
             if not weights or weights.strategy != "group" or weights.group_size != 128:
                 continue
-            targets = match_named_modules(model, scheme.targets, modifier.ignore)
-            widths = sorted({linear.in_features for _, linear in targets})
-            fits = [n for n in sizes if not any(width % n for width in widths)]
+            linears = match_named_modules(model, targets, modifier.ignore)
+            widths = sorted({linear.in_features for _, linear in linears})
+            fits = [n for n in sizes if math.gcd(n, *widths) == n]
             if not fits:
                 raise ValueError(f"no group of {sizes} divides {widths}: take FP8")
             row["group_size"] = weights.group_size = fits[0]
@@ -1249,68 +1348,47 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
             if odd := [width for width in widths if width % 128]:
                 row["notes"] += [f"groups of {fits[0]}: 128 does not divide {odd[0]}"]
 
-def fit_smoothing(recipe: list, model, ids: Tensor, row: dict):
-    """Set what SmoothQuant smooths; prove that what is smoothed within is the same."""
-    from llmcompressor.modeling.offset_norm import norm_calibration_context
-    from llmcompressor.pipelines.registry import CalibrationPipeline
-    smoother = next((m for m in recipe if hasattr(m, "mappings")), None)
-    if not smoother:
-        return contextlib.nullcontext()
-    choose = CalibrationPipeline.from_modifiers  # What oneshot begins each pass with.
-    def prove(modifiers, **named):
-        if smoother not in modifiers:  # It is done, and quantizing comes next.
-            kld = compare(reading.chances, Reading(model, ids).chances)[0].mean().item()
-            pairs = getattr(smoother, "resolved_mappings_", None)  # AWQ has another.
-            pairs = smoother._resolved_mappings if pairs is None else pairs
-            row["smoothing"] = dict(pairs=len(pairs), kld=max(kld, 0.0))
-            row["notes"] += [] if pairs else ["no norm could be smoothed"]
-            if not kld <= 1e-3:  # Nats.
-                raise ValueError(f"smoothing changed the model: a KLD of {kld:.4f}")
-        return choose(modifiers, **named)
-    with norm_calibration_context(model):  # Turns known 1 + weight into weight.
-        reading = Reading(model, ids)
-        if hasattr(smoother, "smoothing_strength") and smoother.mappings is None:
-            smoother.mappings = list(find_pairs(model, reading))
-    return patch.object(CalibrationPipeline, "from_modifiers", prove)
-
 # %%
 class Reading(torch.overrides.TorchFunctionMode):
-    """Run a model in float32; note who reads what modules with a weight [n] put out."""
+    """Run a model; note who reads what modules with a weight [n] put out."""
     def __init__(self, model, ids: Tensor):
-        from llmcompressor.utils.helpers import DisableQuantization
         super().__init__()
         self.outputs, self.readers = {}, {}  # By id; readers: ids of Linears' weights.
         hook = torch.nn.modules.module.register_module_forward_hook(self.note_output)
-        with torch.no_grad(), DisableQuantization(model), self, hook:
-            logits = model(input_ids=ids, use_cache=False).logits.cpu()
-        self.chances = logits.log_softmax(-1)
+        with torch.no_grad(), self, hook:
+            model(input_ids=ids, use_cache=False)
     def note_output(self, module, inputs, output) -> None:
         if getattr(module, "weight", None) is not None and module.weight.dim() == 1:
             self.outputs[id(output)] = module, inputs, output
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        half, given = (torch.float16, torch.bfloat16), (args, kwargs or {})
-        args, kwargs = tree_map(lambda x: x.float() if isinstance(
-            x, Tensor) and x.dtype in half else x, given)
-        result = function(*args, **kwargs)
-        for x in tree_leaves(given) if isinstance(result, Tensor) else ():
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves([args, kwargs]) if isinstance(result, Tensor) else ():
             if id(x) in self.outputs and result is not x:
-                weight = id(given[0][1]) if function is F.linear else None
+                weight = id(args[1]) if function is F.linear else None
                 self.readers.setdefault(id(x), set()).add(weight)
         return result
 
-def find_pairs(model, reading: Reading):
-    """Yield names: Linears, and the norm whose output they, and nothing else, read."""
+def fit_smoothing(recipe: list, model, ids: Tensor, row: dict) -> None:
+    """Let SmoothQuant smooth each norm whose output Linears, and nothing else, read."""
+    from llmcompressor.modeling.offset_norm import norm_calibration_context
+    pairs, smoothers = [], [m for m in recipe if hasattr(m, "smoothing_strength")]
+    if not smoothers or smoothers[0].mappings is not None:
+        return
     names = {module: name for name, module in model.named_modules()}
     linears = {id(module.weight): name for module, name in names.items()
                if isinstance(module, torch.nn.Linear)
                and module is not model.get_output_embeddings()}
-    for norm, inputs, output in reading.outputs.values():
-        readers = {linears.get(x) for x in reading.readers.get(id(output), [None])}
-        zeros = {name: x.float() * 0 for name, x in norm.named_parameters()}
-        # Not all are proportional to their weight: some multiply by 1 + weight.
-        if None not in readers and not torch.func.functional_call(
-                norm, zeros, inputs).any():
-            yield [sorted(readers), names[norm]]
+    with norm_calibration_context(model):  # Turns known 1 + weight into weight.
+        reading = Reading(model, ids)
+        for norm, inputs, output in reading.outputs.values():
+            readers = {linears.get(x) for x in reading.readers.get(id(output), [None])}
+            zeros = {name: 0 * x for name, x in norm.named_parameters()}
+            # Not all are proportional to their weight: some multiply by 1 + weight.
+            if None not in readers and not torch.func.functional_call(
+                    norm, zeros, inputs).any():
+                pairs.append([sorted(readers), names[norm]])
+    smoothers[0].mappings, row["smoothing"] = pairs, dict(pairs=len(pairs))
+    row["notes"] += [] if pairs else ["no norm could be smoothed"]
 
 # %% [markdown]
 """## Packed Linears
@@ -1356,17 +1434,13 @@ def place_model(folder: Path, options: Options, device: torch.device):
     unread = report["unexpected_keys"] if wanted else ()  # Others have some, rightly.
     if lost := [*report["missing_keys"], *unread]:
         raise ValueError(f"{len(lost)} weights are lost in {folder.name}: {min(lost)}")
+    if len(quantized) < wanted:
+        raise ValueError("transformers unpacks experts, and rounds no inputs of theirs")
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
-    packed = len(quantized) if model.packs else 0
-    model.unpacked = [] if len(quantized) == wanted else [
-        f"{packed} of {wanted} quantized weights run packed, experts are unpacked"]
     if quantized and not model.packs:
-        model.unpacked += [f"emulated, weights unpacked to {DTYPES[options.dtype]}"]
         model.hf_quantizer.compressor.decompress_model(model)
         for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
             linear.forward = partial(forward_rows, linear.forward)
-    for parameter in [p for p in model.parameters() if p.dtype == torch.bfloat16]:
-        parameter.data = parameter.data.to(getattr(torch, options.dtype))  # As experts.
     if model.packs:
         pack_model(model, sm)
     return model
@@ -1375,18 +1449,13 @@ def forward_rows(forward, x: Tensor) -> Tensor:
     # Of two dimensions, compressed-tensors 0.19 would scale all tokens alike.
     return forward(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
-def round_activations(kind: str, x: Tensor, native: bool) -> tuple[Tensor, Tensor]:
+def round_activations(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x over its scale, in 8 bits, and the scale [..., 1], one per token."""
     scale = x.abs().amax(-1, keepdim=True) / (127.5 if kind == "int8" else 448)
     scale = torch.where(scale == 0, torch.finfo(x.dtype).eps, scale)
     if kind == "int8":
         return (x / scale).clamp(-128, 127).round().to(torch.int8), scale
-    x = (x / scale).clamp(-448, 448)
-    if native:
-        return x.to(torch.float8_e4m3fn), scale
-    power = (x.float().view(torch.int32) & 0x7F800000).view(torch.float32)
-    step = power.clamp(min=2**-6) / 8  # Three bits follow the leading one.
-    return (torch.round(x / step) * step).to(x.dtype), scale  # Ties to even.
+    return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
 def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
     """Return the weight [out, in] of a PackedLinear in the dtype of its scale."""
@@ -1394,22 +1463,19 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
         shifts = torch.arange(0, 16, 4, dtype=torch.int16, device=weight.device)
         nibbles = weight.view(*scale.shape, 1, -1) >> shifts[:, None] & 15
         return ((nibbles - 8).to(scale.dtype) * scale[..., None, None]).flatten(1)
-    if kind == "fp8":  # Moves bit fields of E4M3: not every GPU can convert them.
-        weight = ((weight.short() << 7) & ~(1 << 14)).view(torch.float16) * 2**8
+    if kind == "fp8":
+        weight = weight.view(torch.float8_e4m3fn)
     return weight.to(scale.dtype) * scale
 
 # %%
 Route = Enum("Route", dict(
     DENSE="{1}", DEQUANTIZED="dequantized to {1}", REGISTERS="{0} in registers",
     TENSOR_CORES="{0} tensor cores"))
-FEW, LARGE = 8, 10**7  # Tokens of INT4 in registers; weights not worth it even for one.
-TENSOR_CORES_FROM = dict(int4=(8, 0), int8=(7, 5), fp8=(8, 9), dense=(99, 0))  # SM
-
 class PackedLinear(torch.nn.Module):
     """Multiply by packed weights: int4, int8, fp8 or dense; sm (0, 0) is a CPU."""
     def __init__(self, kind: str, weight, scale, bias, sm: tuple[int, int]):
         super().__init__()
-        self.kind, self.sm, self.native = kind, sm, sm == (0, 0) or sm >= (8, 9)
+        self.kind, self.sm = kind, sm
         for name, x in dict(weight=weight, scale=scale, bias=bias).items():
             is_new = x is not None and not isinstance(x, torch.nn.Parameter)
             setattr(self, name, torch.nn.Parameter(x, False) if is_new else x)
@@ -1417,23 +1483,20 @@ class PackedLinear(torch.nn.Module):
         self.fits = triton and any(sm) and weight.shape[1] % 16 == 0 and (
             kind != "int4" or scale.dtype.itemsize == 2)
     def choose_route(self, tokens: int) -> Route:
-        many, most = tokens > 1, FEW if self.kind == "int4" else 1
-        has_cores = self.sm >= TENSOR_CORES_FROM[self.kind]
-        if self.kind == "int4":
-            group = self.weight.shape[1] // self.scale.shape[1]
-            has_cores = has_cores and group in (16, 32, 64) and tokens <= 128
-            many = many or 4 * self.weight.numel() > LARGE
-        if self.fits and has_cores and many and len(self.weight) % 16 == 0:
-            return Route.TENSOR_CORES
-        if self.fits and tokens <= most:
+        cores = dict(int8=(7, 5), fp8=(8, 9)).get(self.kind)  # SM
+        if not self.fits or (self.kind == "fp8" and self.sm < cores):
+            return Route.DENSE if self.kind == "dense" else Route.DEQUANTIZED
+        if tokens == 1:
             return Route.REGISTERS
+        if cores and self.sm >= cores and len(self.weight) % 16 == 0:
+            return Route.TENSOR_CORES
         return Route.DENSE if self.kind == "dense" else Route.DEQUANTIZED
     def forward(self, x: Tensor) -> Tensor:
-        shape, dtype, kind, x_scale, back = x.shape, x.dtype, self.kind, None, 1
+        shape, dtype, kind, x_scale = x.shape, x.dtype, self.kind, None
         x = x.reshape(-1, shape[-1]).contiguous()
         route = self.choose_route(len(x))
         if kind in ("int8", "fp8"):
-            x, x_scale = round_activations(kind, x, self.native)
+            x, x_scale = round_activations(kind, x)
         if route in (Route.DENSE, Route.DEQUANTIZED):
             x = x if x_scale is None else x.to(dtype) * x_scale
             weight = self.weight if kind == "dense" else dequantize(
@@ -1442,16 +1505,12 @@ class PackedLinear(torch.nn.Module):
         if route is Route.REGISTERS:
             y = multiply_row(kind, x, self.weight, self.scale)
         elif kind == "fp8":
-            guard = x_scale.new_full((), 2.0**-10, dtype=torch.float32)
-            y = torch._scaled_mm(
-                x, self.weight.view(x.dtype).t(), guard, guard, out_dtype=dtype)
-            back = 2**20
-        elif self.sm < (8, 0):  # PyTorch wants more than 16 rows.
+            one, weight = torch.ones((), device=x.device), self.weight.view(x.dtype)
+            y = torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.float32)
+        else:  # INT8; PyTorch wants more than 16 rows.
             padded = F.pad(x, (0, 0, 0, max(0, 32 - len(x))))
             y = torch._int_mm(padded, self.weight.t())[: len(x)]
-        else:
-            y, back = multiply_tiles(kind, x, self.weight, self.scale), 2**14
-        y = y if x_scale is None else y * (x_scale.float() * back)
+        y = y if x_scale is None else y * x_scale.float()
         y = y if kind in ("dense", "int4") else y * self.scale.float().t()
         y = y if self.bias is None else y + self.bias.float()
         return y.to(dtype).view(*shape[:-1], len(self.weight))
@@ -1523,7 +1582,6 @@ def row_kernel(x, weight, scale, y, outputs, width, GROUP: tl.constexpr,
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), outputs - 1)
     line, column = weight + row[:, None] * width, tl.arange(0, BLOCK)[None, :]
     half: tl.constexpr = x.dtype.element_ty if scale is None else scale.dtype.element_ty
-    x += tl.program_id(1) * 4 * width  # Only of INT4 there is more than one.
     total = tl.zeros([ROWS, BLOCK], tl.int32 if KIND == "int8" else tl.float32)
     for begin in range(0, width, BLOCK):
         at = begin + column
@@ -1550,82 +1608,29 @@ def row_kernel(x, weight, scale, y, outputs, width, GROUP: tl.constexpr,
                 dtype=tl.int32, is_pure=True, pack=1)
         else:
             value = tl.load(x + at, mask=inside, other=0.0)
-            if KIND == "fp8" and value.dtype == tl.float8e4nv:
+            if KIND == "fp8":
                 w = w.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-            elif KIND == "fp8":
-                w = ((w.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True) * 256
             total += w.to(tl.float32) * value.to(tl.float32)
     result = tl.sum(total, 1).to(tl.float32) * (2.0**49 if KIND == "int4" else 1.0)
-    tl.store(y + tl.program_id(1) * outputs + row, result)
-
-# %%
-@jit
-def tile_kernel(x, weight, scale, y, tokens, outputs, width, span, KIND: tl.constexpr,
-                TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[None, :]
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    line, first = row % outputs, tl.program_id(2) * span
-    half: tl.constexpr = x.dtype.element_ty
-    base: tl.constexpr = 0x43004300 if half == tl.bfloat16 else 0x64006400
-    eight: tl.constexpr = 136.0 if half == tl.bfloat16 else 1032.0
-    x += token % tokens * (width * (4 if KIND == "int4" else 1))
-    total = tl.zeros([ROWS, TOKENS], tl.int32 if KIND == "int8" else tl.float32)
-    for begin in range(first, tl.minimum(first + span, width), BLOCK):
-        column = begin + tl.arange(0, BLOCK)
-        at, to = column[None, :], column[:, None]
-        w = tl.load(weight + line * width + at, mask=at < width, other=0)
-        if KIND == "int8":
-            value = tl.load(x + to, mask=to < width, other=0)
-            total = tl.dot(w, value, total, out_dtype=tl.int32)
-        else:
-            part = tl.zeros([ROWS, TOKENS], tl.float32)
-            for i in tl.static_range(4):
-                bits = tl.inline_asm_elementwise(
-                    "{.reg .b32 t; shr.b32 t, $1, $2;"
-                    " lop3.b32 $0, t, 0xf000f, $4, 0xea;}", "=r,r,r,r,r,r",
-                    [w, 4 * i, base], dtype=tl.int16, is_pure=True, pack=2)
-                value = tl.load(x + 3 * begin + to + i * BLOCK)
-                part = tl.dot(bits.to(half, bitcast=True) - eight, value, part)
-            total += part * tl.load(scale + line * (width // BLOCK) + begin // BLOCK)
-    if KIND == "int8":  # Else it were too large for 16 bits.
-        total = total.to(tl.float32) * 2.0**-14
-    tl.store(y + (tl.program_id(2) * tokens + token) * outputs + row, total,
-             mask=(row < outputs) & (token < tokens))
+    tl.store(y + row, result)
 
 TILES = dict(  # Of a row: rows, columns, warps, for up to 2,048 inputs and for more.
     dense=((2, 1024, 4), (2, 2048, 8)), int4=((2, 128, 1), (2, 1024, 8)),
     int8=((2, 256, 1), (4, 512, 4)), fp8=((2, 1024, 2), (1, 2048, 4)))
 
 def multiply_row(kind: str, x: Tensor, weight: Tensor, scale) -> Tensor:
-    """Return x [n, in] times a weight in float32 [n, out]; n > 1: INT4 only."""
-    y = x.new_empty(len(x), len(weight), dtype=torch.float32)
+    """Return x [1, in] times a weight in float32 [1, out]."""
+    y = x.new_empty(1, len(weight), dtype=torch.float32)
     group = weight.shape[1] // scale.shape[1] // 2 if kind == "int4" else 0
     is_wide = x.shape[1] > 2048 and (kind != "fp8" or len(weight) < 2048)
     rows, block, warps = TILES[kind][1 if is_wide else 0]
     if kind in ("int4", "int8"):  # Words of four bytes.
         x, weight = x.view(torch.int32), weight.view(torch.int32)
-    row_kernel[triton.cdiv(len(weight), rows), len(x)](
+    row_kernel[triton.cdiv(len(weight), rows),](
         x, weight, scale, y, *weight.shape, group, kind, rows, block, num_warps=warps)
     return y
 
 # %%
-def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Return x [n, in] times a weight [n, out]; of INT8 a 2^14th of that."""
-    tokens, (outputs, width) = len(x), weight.shape
-    n = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    n = 128 if kind == "int8" and tokens * outputs > 2**21 else n
-    rows = 64 if n == 16 or outputs < 2048 else 128
-    block = width // scale.shape[1] if kind == "int4" else 128
-    programs = triton.cdiv(tokens, n), triton.cdiv(outputs, rows)
-    parts = max(1, min(8, width // (4 * block), 2**14 // n // math.prod(programs)))
-    span = triton.cdiv(width, parts * block) * block
-    dtype = scale.dtype if parts == 1 else torch.float32
-    y = x.new_empty(parts, tokens, outputs, dtype=dtype)
-    tile_kernel[*programs, parts](  # Those that share weights follow each other.
-        x, weight, scale, y, tokens, outputs, width, span, kind, n, rows, block,
-        num_stages=4 if n == 64 else 3)
-    return y[0] if parts == 1 else y.sum(0)
-
 def attend(module, query, key, value, attention_mask, scaling, **named):
     """Attend in transformers' interface; query, key, value [batch, heads, n, size]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -1750,12 +1755,8 @@ def llmcompressor_session(model, passes: int):
         if layer := re.search(r"layers\.(\d+)\.", line):
             bar.update((int(layer[1]) - bar.n) % layers)
     logger.configure(handlers=[dict(sink=follow, level="INFO")])
-    square = F.mse_loss
-    def sum_squares(x, y, **named):  # AWQ's, in float16, overflow: llm-compressor#2213.
-        return square(x.float(), y.float(), **named)
     # What was traced would stay in a table of torch.fx, and keep the model for ever.
     with (create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch),
-          patch.object(F, "mse_loss", sum_squares),
           show_progress("calibrating", range(layers * passes)) as bar):
         yield lines
 
@@ -1781,10 +1782,6 @@ def render_card(results: dict) -> str:
         versions=", ".join(f"{name} {x}" for name, x in versions.items() if x),
         machine=f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB, "
                 f"{machine['threads']} threads")
-    sm = float(machine["compute_capability"] or 99)
-    if lacks := ["bfloat16"] * (sm < 8) + ["FP8"] * (sm < 8.9):
-        facts["lacks"] = (f"units for {' and '.join(lacks)}: FP8 runs in others, its "
-                          "speed says nothing of a card that has them (L4, H100)")
     return "\n".join(fill(one_line(x), f"    {name:10}") for name, x in facts.items())
 
 # %%
@@ -1800,45 +1797,93 @@ def render_summary(results: dict) -> str:
     rows = results["variants"]
     return "\n\n".join([
         f"# quant_lab: {quote(results['model_name'])}", render_card(results),
-        f"Written {results['created']}.", "![Speed, bytes](summary.png)",
-        "## Verdict", render_verdict(rows), "## Figures", render_tables(results, rows),
+        f"Written {results['created']}.", "## Which to deploy", render_advice(results),
+        "![Quality, size, speed and memory](summary.png)",
+        "## Figures", render_tables(results, rows), "## Notes", render_notes(results),
         "## Greedy completions",
         *(render_completions(rows, n) for n in range(len(PROMPTS)))]) + "\n"
 
 def render_model_card(row: dict, results: dict) -> str:
-    from huggingface_hub import ModelCardData
-    base, is_base = results["base_model"], row["label"] == BASELINE
+    """Return a checkpoint's README.md, whose head a hub reads."""
+    from huggingface_hub import EvalResult, ModelCardData
+    base, name = results["base_model"], results["model_name"]
+    text, is_base = results["config"]["eval_text"], row["label"] == BASELINE
+    measured = [EvalResult("text-generation", Path(text).name, text, metric, value) for
+                metric, value in (("perplexity", row["perplexity"]),
+                                  ("KL divergence, nats", row["kld"]["mean"]))]
     data = ModelCardData(
-        base_model=base, library_name="transformers",
-        base_model_relation=None if is_base or not base else "quantized",
+        base_model=base, license=results["license"], library_name="transformers",
+        model_name=f"{name}, {row['scheme']}", eval_results=measured,
+        base_model_relation="quantized" if base == name and not is_base else None,
         tags=None if is_base else ["compressed-tensors", "llmcompressor"])
     rows = [x for x in results["variants"] if x["label"] in (BASELINE, row["label"])]
-    return (f"---\n{data.to_yaml()}\n---\n\n# {quote(results['model_name'])}, "
-            f"{row['scheme']}\n\nrecipe.yaml, if any, says how it was quantized; "
-            "`vllm serve .` serves it. The licence is the original's.\n\n"
-            f"{render_card(results)}\n\n{render_tables(results, rows)}\n")
+    return (f"---\n{data.to_yaml()}\n---\n\n# {quote(name)}, {row['scheme']}\n\n"
+            f"Licence: {quote(str(results['license'] or 'that of the original'))}. Intended "
+            f"for what the original is, where memory or speed is short: its perplexity is "
+            f"recovered to {100 / row['perplexity_ratio']['value']:.2f} %, of tasks nothing "
+            "is known. recipe.yaml, if any, says how it was quantized; `vllm serve .` serves "
+            f"it.\n\n{render_card(results)}\n\n{render_tables(results, rows)}\n")
+
+def list_panels(results: dict) -> list[tuple]:
+    """Return title, view of a row, and key of what is drawn; less of each is better."""
+    config, served = results["config"], [row["served"] for row in results["variants"]]
+    keys = {"one user": "latency_s"}
+    keys |= {f"batch {n}": f"itl_ms@{n}" for n in config["batch_sizes"][1:][-1:]}
+    lengths = {f"prompt {n:,}": f"ttft_s@{n}" for n in config["prompt_lengths"][-1:]}
+    panels = [("memory", dict, "weights_memory_bytes")]
+    if results["machine"]["device"] == "cuda":
+        panels += [(title, dict, key) for title, key in (keys | lengths).items()]
+    if any(served):
+        panels += [(f"{title}\nin a server", as_served, keys[title]) for title in keys]
+    return panels
 
 def draw_summary(results: dict):
+    """Draw quality over size; below it memory and times of each variant by ratio."""
     from matplotlib.figure import Figure
-    rows, batch = results["variants"], max(results["config"]["batch_sizes"])
+    rows, panels = results["variants"], list_panels(results)
     base = next((row for row in rows if row["label"] == BASELINE), ROW)
-    panels = {"weight_bytes": "bytes on disk", "weights_memory_bytes": "in memory",
-              "tok_s@1": "tokens/s, one sequence"}
-    panels |= {"served": f"in {base['served']['engine']}"} if base.get("served") else {}
-    panels |= {f"tok_s@{batch}": f"tokens/s, batch of {batch}"} if batch > 1 else {}
-    y = [f"{row['label']}\nperplexity × {render_cell(row, QUALITY[1])}" for row in rows]
-    figure = Figure(figsize=(13, 2.5 + 0.6 * len(rows)), layout="constrained")
-    for axes, key in zip(figure.subplots(1, len(panels), sharey=True), panels):
-        view, name = (as_served, "tok_s@1") if key == "served" else (dict, key)
-        ratios, texts = zip(*(relate(view(row), view(base), name) for row in rows))
-        bars = axes.barh(y, ratios, color="#9fc0dc")
-        axes.bar_label(bars, texts, padding=3, bbox=dict(color="white", pad=0.5))
-        axes.axvline(1, color="black", linestyle=":")
-        axes.set(title=panels[key], xmargin=0.3)
-    axes.invert_yaxis()  # For all of them: the first row on top.
-    title = f"{results['model_name'][-50:]} on {results['machine']['name']}, by ratio"
-    lines = [fill(x) for x in (one_line(title), *list_best(rows))]
-    figure.suptitle("\n".join(lines), parse_math=False)
+    colors = {row["label"]: f"C{n}" for n, row in enumerate(rows)} | {BASELINE: "black"}
+    figure = Figure(figsize=(9, 6 + 0.4 * len(rows)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[4.2, 1.8 + 0.4 * len(rows)])
+    axes, done = above.subplots(), [row for row in rows if row["status"] == "ok"]
+    for k, row in enumerate(sorted(done, key=lambda row: row["kld"]["mean"])):
+        color, kld = colors[row["label"]], read_figure(row, "kld")
+        point = row["weight_bytes"] / 1e6, kld.middle
+        qualifies = find_loss(row) <= results["config"]["max_loss"]
+        axes.errorbar(*point, None if kld.low is None else [
+            [kld.middle - kld.low], [kld.high - kld.middle]], color=color, fmt="o",
+            markersize=9, mfc=color if qualifies else "white")
+        loss = 100 * (row["perplexity_ratio"]["value"] - 1)
+        axes.annotate(f"{name_variant(row['label'])} {loss:+.1f} %", point,
+                      (1.05, (k + 0.5) / len(done)), textcoords="axes fraction",
+                      color=color, va="center", arrowprops=dict(
+                          arrowstyle="-", color=color, linewidth=0.6))
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.set(xlabel="MB on disk", ylabel="KLD to the original, nats")
+    grid, names = below.subplots(1, len(panels), sharey=True, squeeze=False)[0], []
+    for axes, (title, view, key) in zip(grid, panels):
+        theirs = read_figure(view(base), key).middle
+        for y, row in enumerate(map(view, rows)):
+            mine, color = read_figure(row, key), colors[row["label"]]
+            if mine.word or not theirs:
+                axes.text(1, y, mine.word or "–", color=color, va="center", ha="center")
+                continue
+            axes.plot([mine.low / theirs, mine.high / theirs], [y, y], color=color)
+            if ratio := relate(row, view(base), key):
+                axes.plot(ratio, y, "o", color=color)
+        axes.axvline(1, color="black", linestyle=":", zorder=0)
+        axes.set_title(title, fontsize=11)
+    for row in rows:
+        memory, users = (render_cell(row, x) for x in (COST[0], USERS))
+        names.append(f"{name_variant(row['label'])}\n{memory} MB, {users} users")
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    above.suptitle(textwrap.fill(choose_variant(results)[1], 66), fontsize=14)
+    facts = (f"Times {results['config']['dtype']}'s: left is less. Hollow: over --max-loss "
+             f"{results['config']['max_loss']:g} %. {one_line(results['model_name'])[-50:]}, "
+             f"perplexity {render_cell(base, QUALITY[2])}, {results['machine']['name']}, "
+             f"{results['created'][:10]}")
+    below.supxlabel(textwrap.fill(facts, 100), fontsize=9, parse_math=False)
     return figure
 
 def collect_results(lab: SimpleNamespace) -> dict:
@@ -1846,7 +1891,8 @@ def collect_results(lab: SimpleNamespace) -> dict:
     base = lab.rows.get(BASELINE, ROW)["weight_bytes"]
     for row in rows:
         row["size_ratio"] = row["weight_bytes"] and base and row["weight_bytes"] / base
-    return dict(lab.head, created=time.strftime("%FT%TZ", time.gmtime()), variants=rows)
+    results = dict(lab.head, created=time.strftime("%FT%TZ", time.gmtime()), variants=rows)
+    return results | dict(advice=advise(results))
 
 # %%
 def write_outputs(lab: SimpleNamespace) -> None:
@@ -1880,6 +1926,8 @@ def set_up(words: list[str]) -> SimpleNamespace:
     lab = SimpleNamespace(options=options, samples={}, reference=None)
     lab.device = choose_device(options)
     lab.model_folder, lab.tokenizer, lab.context, lab.prompts = open_model(options)
+    lengths = tuple(n for n in options.prompt_lengths if n <= lab.context)
+    lab.options = replace(options, prompt_lengths=lengths)
     lab.windows, lab.begin = load_evaluation(options, lab.tokenizer, lab.context)
     lab.unscored = max(1, len(lab.begin))  # Tokens at the begin of a window.
     if any(VARIANTS[label].calibrated for label in options.variants):
@@ -1990,7 +2038,6 @@ if __name__ == "__main__":
     if IN_NOTEBOOK:
         from IPython.display import Image, display
         display(Image(LAB.output / "summary.png"))
-    show("## Verdict\n\n" + render_verdict(RESULTS["variants"]))
     if LAB.device.type == "cuda" and not LAB.engine:
         words = shlex.join(word for word in RESULTS["command"] if word != "--fresh")
         show("In a server, too:\n\n    python -m venv serve\n    serve/bin/pip install"

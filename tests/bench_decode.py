@@ -99,20 +99,17 @@ def bench(kind: str, args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     options = quant_lab.Options(new_tokens=args.new_tokens, repeats=args.repeats,
-                                batch_sizes=tuple(args.batch_sizes))
+                                batch_sizes=tuple(args.batch_sizes), prompt_lengths=())
     model = random_model(args.shape, kind, device)
     prompts = torch.randint(1000, 2000, (max(args.batch_sizes), args.prompt), device=device)
     if args.tune:
         with patch.dict(quant_lab.TILES):  # Other formats keep theirs.
             return tune(kind, model, prompts, args.tune)
     speed = quant_lab.measure_speed(model, prompts, options, cuda)
-    copy = speed["copy_bandwidth"]
     print(f"{kind:6} {model.get_memory_footprint() / 1e6:8,.0f} MB  "
           f"TTFT {1000 * speed['ttft_s']['median']:7.2f} ms", *(
-              f" batch {d['batch']}: {d['itl_ms']['median']:.3f} ms, "
-              f"{100 * d['bandwidth_fraction']:.0f} % of {copy / 1e12:.2f} TB/s"
-              if d["itl_ms"] else f" batch {d['batch']}: OOM"
-              for d in speed["decode"]), flush=True)
+              f" batch {d['batch']}: {d['itl_ms']['median']:.3f} ms" if d["itl_ms"]
+              else f" batch {d['batch']}: {d['error']}" for d in speed["decode"]), flush=True)
     if args.profile:
         with torch.no_grad():
             decoder = quant_lab.Decoder(model, prompts[:1], args.new_tokens, cuda)

@@ -181,7 +181,8 @@ def quick_words(small, texts):
     """Return the words of the quick run but for its output folder."""
     return ["--model", small, "--eval-text", texts / "eval.txt", "--window", 64,
             "--calibration-data", texts / "chats.jsonl", "--calibration-length", 64,
-            "--new-tokens", 4, "--repeats", 2, "--batch-sizes", 1, "--device", "cpu"]
+            "--new-tokens", 4, "--repeats", 2, "--batch-sizes", 1, "--prompt-lengths", 8,
+            "--device", "cpu"]
 
 
 @pytest.fixture

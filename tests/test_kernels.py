@@ -6,7 +6,6 @@ compiles what a T4 (SM 7.5), an A100 (8.0), an L4 (8.9) or an H100 (9.0) would r
 
 import builtins
 import dis
-import math
 import subprocess
 import sys
 from functools import partial
@@ -20,7 +19,6 @@ import quant_lab
 triton = pytest.importorskip("triton")
 
 ROW = dict(outputs="i32", width="i32", y="*fp32")
-TILE = dict(ROW, tokens="i32", span="i32")
 WORDS = dict(x="*i32", weight="*i32")
 BYTES = dict(weight="*i8")
 
@@ -44,9 +42,7 @@ def compile_kernel(kernel, sm, types, options=None, **constants):
 @pytest.mark.parametrize("sm, kind, half, types", [
     (75, "int4", "fp16", WORDS),
     (75, "int8", "fp16", WORDS),
-    (75, "fp8", "fp16", dict(BYTES, x="*fp16")),
     (75, "dense", "fp16", dict(weight="*fp16", x="*fp16")),
-    (80, "fp8", "bf16", dict(BYTES, x="*bf16")),
     (80, "int4", "bf16", WORDS),
     (80, "dense", "bf16", dict(weight="*bf16", x="*bf16")),
     (89, "fp8", "fp16", dict(BYTES, x="*fp8e4nv")),
@@ -72,48 +68,11 @@ def test_what_is_compiled_for_a_t4_runs_on_a_later_gpu(monkeypatch, tmp_path):
     assert names == ["row_kernel"]
 
 
-class Launch:
-    """Stand for a kernel, which notes how it is called."""
-
-    def __getitem__(self, programs):
-        return partial(self.note, programs)
-
-    def note(self, programs, *arguments, **options):
-        self.programs, self.arguments, self.options = programs, arguments, options
-
-
-@pytest.mark.parametrize("sm, kilobytes", [(80, 163), (89, 99), (90, 227)])
-@pytest.mark.parametrize("kind, half, group", [
-    ("int4", "fp16", 128), ("int4", "bf16", 64), ("int8", "fp16", 0)])
-@pytest.mark.parametrize("tokens", [8, 32, 100, 2048])
-def test_tiles_compile_and_are_read_ahead(monkeypatch, sm, kilobytes, kind, half, group, tokens):
-    """Find shared memory for more than one tile, as the next is on its way, and no more
-    than a program may have (CUDA programming guide, compute capabilities)."""
-    tokens = min(tokens, 128) if kind == "int4" else tokens  # More are dequantized.
-    launch, dtype = Launch(), dict(fp16=torch.float16, bf16=torch.bfloat16)[half]
-    monkeypatch.setattr(quant_lab, "tile_kernel", launch)
-    weight = torch.zeros(4096, 1024 if kind == "int4" else 4096,
-                         dtype=torch.int16 if kind == "int4" else torch.int8)
-    scale = torch.zeros(4096, 4096 // group if group else 1, dtype=dtype)
-    x = torch.zeros(tokens, 4096, dtype=dtype if kind == "int4" else torch.int8)
-    assert quant_lab.multiply_tiles(kind, x, weight, scale).shape == (tokens, 4096)
-    count, rows, block = launch.arguments[-3:]
-    assert launch.programs[:2] == (math.ceil(tokens / count), 4096 / rows)
-    monkeypatch.undo()
-    x, weight = (f"*{half}", "*i16") if kind == "int4" else ("*i8", "*i8")
-    made = compile_kernel(
-        quant_lab.tile_kernel, sm, TILE | dict(x=x, weight=weight, scale=f"*{half}"),
-        launch.options, KIND=kind, TOKENS=count, ROWS=rows, BLOCK=block)
-    size = rows * block * (2 if kind == "int4" else 1)
-    assert 2 * size <= made.metadata.shared <= kilobytes * 1024
-
-
-@pytest.mark.parametrize("name", ["row_kernel", "tile_kernel"])
-def test_a_kernel_needs_no_name_of_the_script(name):
+def test_a_kernel_needs_no_name_of_the_script():
     """inductor copies its source into a module of its own, which imports Triton alone."""
     names = {"tl": triton.language}
-    exec(getattr(quant_lab, name).src, names)  # Looks up annotations.
-    used = {step.argval for step in dis.get_instructions(names[name])
+    exec(quant_lab.row_kernel.src, names)  # Looks up annotations.
+    used = {step.argval for step in dis.get_instructions(names["row_kernel"])
             if step.opname == "LOAD_GLOBAL"}
     assert "tl" in used and used - {"tl"} <= {*dir(builtins)}
 
@@ -147,12 +106,11 @@ def test_compiled_layers_call_the_kernels(monkeypatch):
     """Trace one sequence and eight without a break, as for an H100; nothing is computed."""
     calls = []
 
-    def note(name, kind, x, weight, *others):
-        calls.append(name)
+    def note(kind, x, weight, *others):
+        calls.append(kind)
         return x.new_zeros(len(x), len(weight), dtype=torch.float32)
 
-    for name in "multiply_row", "multiply_tiles":
-        monkeypatch.setattr(quant_lab, name, partial(note, name))
+    monkeypatch.setattr(quant_lab, "multiply_row", note)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = load_by_path("bench_decode").random_model("tiny", "int4", torch.device("cpu"))
     for linear in model.modules():
@@ -160,8 +118,7 @@ def test_compiled_layers_call_the_kernels(monkeypatch):
             linear.sm, linear.fits = (9, 0), True
     quant_lab.compile_layers(model)
     prompts = torch.arange(5, 325).view(8, 40)
-    # A prompt of 40 tokens is multiplied in tiles.
-    for batch, wanted in (1, {"multiply_row", "multiply_tiles"}), (8, {"multiply_tiles"}):
+    for batch, wanted in (1, {"int4"}), (8, set()):  # Of several, unpacked.
         decoder = quant_lab.Decoder(model, prompts[:batch], 4, True)
         calls.clear()
         decoder.run(2)

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import release_memory
 from architectures import make
 from conftest import load_by_path, load_emulated, make_small, run_all, vary
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 import quant_lab
@@ -31,7 +32,7 @@ def labs(tmp_path_factory, texts, quick_collection):
             "64", "--calibration-data", str(texts / "chats.jsonl"),
             "--calibration-length", "64", "--device", "cpu", "--output-dir",
             str(place / "out"), "--new-tokens", "4", "--repeats", "1",
-            "--batch-sizes", "1", "2"])
+            "--batch-sizes", "1", "2", "--prompt-lengths", "9"])
         for label in ALL:
             with quant_lab.libraries_to(lab.output / "log.txt"):
                 quant_lab.quantize_variant(label, lab)
@@ -65,7 +66,6 @@ def load(folder, packed, sm=(0, 0), dtype="float16"):
         return load_emulated(folder, dtype)
     model = load_plain(folder, dtype)
     quant_lab.pack_model(model, sm)
-    model.unpacked = []
     return model
 
 
@@ -128,17 +128,17 @@ def test_weights_stay_packed(models, label):
     ("01_fp8_dynamic", (8, 9), 2, "TENSOR_CORES", "fp8 tensor cores"),
     ("01_fp8_dynamic", (8, 6), 2, "DEQUANTIZED",
      "dequantized to fp16"),
-    ("01_fp8_dynamic", (7, 5), 1, "REGISTERS", "fp8 in registers"),
+    ("01_fp8_dynamic", (8, 9), 1, "REGISTERS", "fp8 in registers"),
+    ("01_fp8_dynamic", (8, 6), 1, "DEQUANTIZED", "dequantized to fp16"),
     ("01_fp8_dynamic", (0, 0), 512, "DEQUANTIZED", "dequantized to fp16"),
     ("03_smoothquant_w8a8", (7, 5), 8, "TENSOR_CORES", "int8 tensor cores"),
     ("03_smoothquant_w8a8", (7, 0), 8, "DEQUANTIZED",
      "dequantized to fp16"),
     ("03_smoothquant_w8a8", (7, 5), 1, "REGISTERS", "int8 in registers"),
     ("rtn_w4a16", (9, 0), 512, "DEQUANTIZED", "dequantized to fp16"),
-    ("rtn_w4a16", (8, 0), 128, "TENSOR_CORES", "int4 tensor cores"),
-    ("rtn_w4a16", (7, 5), 8, "REGISTERS", "int4 in registers"),
-    ("rtn_w4a16", (7, 5), 9, "DEQUANTIZED", "dequantized to fp16"),
+    ("rtn_w4a16", (9, 0), 8, "DEQUANTIZED", "dequantized to fp16"),
     ("rtn_w4a16", (9, 0), 1, "REGISTERS", "int4 in registers"),
+    ("rtn_w4a16", (7, 5), 1, "REGISTERS", "int4 in registers"),
     ("rtn_w4a16", (0, 0), 1, "DEQUANTIZED", "dequantized to fp16")])
 def test_routes(models, monkeypatch, label, sm, tokens, route, said):
     monkeypatch.setattr(quant_lab, "triton", object())
@@ -147,9 +147,9 @@ def test_routes(models, monkeypatch, label, sm, tokens, route, said):
     assert {linear.choose_route(tokens).name for linear in quantized} == {route}
     assert {linear.choose_route(tokens).value.format(linear.kind, "fp16")
             for linear in quantized} == {said}
-    batches = (1, tokens) if tokens > 1 else (1,)
-    options = quant_lab.Options(batch_sizes=batches)
-    assert said in quant_lab.name_routes(label, model, max(tokens, 2), options)
+    assert quant_lab.name_routes(label, model, (tokens,), quant_lab.Options()) == said
+    both = quant_lab.name_routes(label, model, (tokens, 1), quant_lab.Options())
+    assert both.startswith(said) and len(both.split(", ")) <= 2
 
 
 def test_without_triton_a_gpu_dequantizes_one_token_and_says_why(models, monkeypatch):
@@ -178,10 +178,10 @@ def test_the_baseline_says_that_it_runs_through_the_kernel_too(models, monkeypat
     monkeypatch.setattr(quant_lab, "triton", object())
     folder, options = models[quant_lab.BASELINE, True], quant_lab.Options()
     model = load(folder, True, (7, 5))
-    assert quant_lab.name_routes(quant_lab.BASELINE, model, 9, options) == (
-        "prefill, batch 8, batch 32 fp16 · decode fp16 in registers")
+    assert quant_lab.name_routes(quant_lab.BASELINE, model, (9, 1), options) == (
+        "fp16, fp16 in registers")
     model = load(folder, True)
-    assert quant_lab.name_routes(quant_lab.BASELINE, model, 9, options) == "fp16"
+    assert quant_lab.name_routes(quant_lab.BASELINE, model, (9, 1), options) == "fp16"
 
 
 @torch.no_grad()
@@ -231,31 +231,23 @@ def test_regrouped_words_hold_the_same_weights(models):
     assert torch.equal(found, (weight.view(10, 3, 128) * scale[..., None]).flatten(1))
 
 
-def test_e4m3_without_fp8_instructions():
+def test_e4m3_is_that_of_pytorch():
     codes = torch.arange(-128, 128, dtype=torch.int8)
     values = codes.view(torch.float8_e4m3fn).float()
     finite = values.isfinite()
-    one = torch.ones(1)
-    found = quant_lab.dequantize("fp8", codes, one)
-    assert torch.equal(found[finite], values[finite])
-    exact = values[finite].sort().values
-    middles = (exact[1:] + exact[:-1]) / 2
-    torch.manual_seed(0)
-    x = torch.cat([exact, middles, middles * (1 + 1e-3), torch.randn(20_000) * 90,
-                   torch.randn(20_000) * 1e-2]).clamp(-448, 448)
-    for x in (x, x.half(), x.bfloat16()):
-        found, scale = quant_lab.round_activations("fp8", x, native=False)
-        assert scale.item() == 1 and torch.equal(found, x.to(torch.float8_e4m3fn).to(x.dtype))
+    assert torch.equal(quant_lab.dequantize("fp8", codes, torch.ones(1))[finite], values[finite])
+    x = torch.cat([values[finite], torch.randn(20_000) * 90, torch.tensor([448.0])])
+    found, scale = quant_lab.round_activations("fp8", x.clamp(-448, 448))
+    assert scale.item() == 1 and torch.equal(found, x.clamp(-448, 448).to(torch.float8_e4m3fn))
 
 
 @torch.no_grad()
 def test_fp8_below_sm_89_is_the_same(models):
-    """Multiply without FP8 instructions: the same bits."""
+    """Multiply without units for it: the same bits."""
     folder = models["01_fp8_dynamic", True]
     old, new = load(folder, True, (7, 5)), load(folder, True)
     for name in ("model.layers.0.self_attn.o_proj", "model.layers.1.mlp.down_proj"):
         one, two = old.get_submodule(name), new.get_submodule(name)
-        assert (one.native, two.native) == (False, True)
         x = torch.randn(4, 7, one.weight.shape[1]).half()
         assert torch.equal(one(x), two(x))
 
@@ -292,7 +284,7 @@ def test_a_format_without_a_kernel_runs_emulated_and_says_so(
     folder, ids = lab.output / "checkpoints" / scheme, draw_prompts(2)
     model = quant_lab.place_model(folder, quant_lab.Options(), torch.device("cpu"))
     assert not packed_linears(model)
-    assert quant_lab.name_routes(scheme, model, 9, quant_lab.Options()) == (
+    assert quant_lab.name_routes(scheme, model, (9, 1), quant_lab.Options()) == (
         "emulated, weights unpacked to fp16")
     wanted, logits = load_plain(folder)(ids).logits, model(ids).logits
     assert torch.equal(logits, wanted)
@@ -404,12 +396,13 @@ def test_compiled_attention_of_other_kinds_is_refused_not_ignored(
         tmp_path, quick_compiler, family):
     """Refuse sliding windows of 64 keys, and soft caps; uncompiled, both are measured."""
     model = load_emulated(make(family, tmp_path), "float32")
-    options = quant_lab.Options(new_tokens=4, repeats=1, batch_sizes=(1,))
+    options = quant_lab.Options(
+        new_tokens=4, repeats=1, batch_sizes=(1,), prompt_lengths=(8,))
     with pytest.raises(Exception, match="sliding windows, soft caps"):
         quant_lab.measure_speed(model, draw_prompts(1, 80), options, True)
     model = load_emulated(tmp_path, "float32")
     speed = quant_lab.measure_speed(model, draw_prompts(1, 80), options, False)
-    assert speed["decode_tok_s"]["median"] > 0 and speed["compile_seconds"] is None
+    assert speed["decode"][0]["tok_s"]["median"] > 0 < speed["prefill"][0]["ttft_s"]["min"]
 
 
 @pytest.mark.parametrize("tied, compiled", [(True, False), (False, False), (True, True)])
@@ -417,7 +410,8 @@ def test_length_is_forced_past_the_end_of_sequence(
         small, tmp_path, quick_compiler, tied, compiled):
     """Time a model that wants to end at once on exactly the tokens asked for."""
     folder = small if tied else make_small(tmp_path, 128, tie_word_embeddings=False)
-    options = quant_lab.Options(new_tokens=7, repeats=3, batch_sizes=(1, 2))
+    options = quant_lab.Options(
+        new_tokens=7, repeats=3, batch_sizes=(1, 2), prompt_lengths=(5, 70))
     model = load_emulated(folder, "float32")
     calls = []
 
@@ -429,30 +423,50 @@ def test_length_is_forced_past_the_end_of_sequence(
     model.register_forward_hook(count)
     prompts = torch.arange(60).view(3, 20)  # Of more there may be: the first of them.
     speed = quant_lab.measure_speed(model, prompts, options, compiled)
-    # Set-up makes the cache, and warms up with a prefill and two steps.
-    assert calls == [(1, 1)] * (4 + 4 * 7) + [(2, 1)] * (4 + 4 * 7)
-    for key in ("ttft_s", "latency_s", "decode_tok_s"):
+    # The cache is counted; set-up makes one, and warms up with a prefill and two steps.
+    assert calls == [(1, 1)] * (1 + 4 + 4 * 7) + [(2, 1)] * (4 + 4 * 7) + [(1, 1)] * 2 * (2 + 4)
+    for key in ("ttft_s", "latency_s"):
         samples = speed[key]["samples"]
         assert len(samples) == 3 and min(samples) == speed[key]["min"] > 0
         assert sorted(samples)[1] == speed[key]["median"] <= speed[key]["max"]
-    for latency, first, rate in zip(*(speed[key]["samples"] for key in (
-            "latency_s", "ttft_s", "decode_tok_s"))):
+    for latency, first, rate in zip(
+            speed["latency_s"]["samples"], speed["ttft_s"]["samples"],
+            speed["decode"][0]["tok_s"]["samples"]):
         assert latency == pytest.approx(first + 6 / rate)
     assert [entry["batch"] for entry in speed["decode"]] == [1, 2]
     for entry in speed["decode"]:
         for itl, rate in zip(entry["itl_ms"]["samples"], entry["tok_s"]["samples"]):
             assert rate == pytest.approx(1000 * entry["batch"] / itl)
-        assert entry["bandwidth_fraction"] == pytest.approx(
-            entry["step_bytes"] / entry["itl_ms"]["median"] * 1000
-            / speed["copy_bandwidth"])
-    cache = 2 * 4 * 32 * 64  # Keys and values, float32, of 64, of all places, rounded up.
-    weights = held_bytes(model)
-    assert model.get_memory_footprint() == weights and speed["prompt_tokens"] == 20
-    read = weights - (0 if tied else 4 * 128 * model.config.vocab_size)  # Looked up only.
-    for entry, wanted in zip(speed["decode"], (read + cache, read + 2 * cache)):
-        assert entry["step_bytes"] == pytest.approx(wanted, abs=8)  # And a position.
-    assert (speed["compile_seconds"] is not None) == compiled
-    assert speed["peak_memory_bytes"] is None, "of the allocator of a GPU"
+    assert [(one["prompt_tokens"], one["error"]) for one in speed["prefill"]] == [
+        (5, None), (70, None)]
+    assert all(len(one["ttft_s"]["samples"]) == 3 for one in speed["prefill"])
+    assert speed["kv_bytes_per_token"] == 2 * 4 * 64, "keys and values of one head, float32"
+    assert model.get_memory_footprint() == held_bytes(model) and speed["prompt_tokens"] == 20
+    assert "peak_memory_bytes" not in speed and "kv_tokens" not in speed, "of a GPU"
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "mistral_window", "gemma3_text", "lfm2",
+                                    "qwen3_next", "falcon_h1"])
+@torch.no_grad()
+def test_bytes_of_the_cache_are_those_of_all_its_layers(tmp_path, family):
+    """Let a window forget, and a state stay as large as it is, whatever the context."""
+    from transformers import DynamicCache
+
+    model, tokens = load_emulated(make(family, tmp_path), "float32"), 192
+    cache = DynamicCache(config=model.config)
+    model(input_ids=torch.arange(tokens)[None] + 5, past_key_values=cache)
+    window = getattr(model.config, "sliding_window", None) or 10**9
+    wanted = 0
+    for layer in cache.layers:
+        for name, x in vars(layer).items():
+            for leaf in tree_leaves(x):
+                if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                    grows = name in ("keys", "values")
+                    is_window = "Sliding" in type(layer).__name__
+                    length = min(window, 8192) if is_window else 8192
+                    wanted += leaf.nbytes * length / leaf.shape[-2] if grows else leaf.nbytes
+    found = quant_lab.count_kv_bytes(model, torch.tensor([[5]]))
+    assert found == pytest.approx(wanted / 8192, rel=1e-3, abs=1)
 
 
 def test_a_batch_that_does_not_fit_is_a_cell(lab, monkeypatch):
@@ -467,18 +481,17 @@ def test_a_batch_that_does_not_fit_is_a_cell(lab, monkeypatch):
     results = run_all(lab("--variants", quant_lab.BASELINE, "--batch-sizes", 8, 2))
     row, = results["variants"]
     assert row["status"] == "ok" and [e["batch"] for e in row["decode"]] == [1, 2, 8]
-    assert row["decode"][2] == dict(batch=8, tok_s=None, itl_ms=None, step_bytes=None,
-                                    bandwidth_fraction=None, error="OOM")
+    assert row["decode"][2] == dict(batch=8, tok_s=None, itl_ms=None, error="OOM")
     table = quant_lab.render_tables(results, [row]).split("\n\n")[3]
     assert [cell.strip() for cell in table.split("\n")[2].split("|")][3] == "OOM"
 
 
 def test_where_decoding_fails_quality_stays(lab, monkeypatch):
     """Let no variant decode: tables, verdict, picture and results do without speed."""
-    error = torch.OutOfMemoryError("CUDA out of memory")
+    error = "one sequence does not fit"
 
     def refuse(*inputs):
-        raise error
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(quant_lab, "Decoder", refuse)
     build = lab("--variants", quant_lab.BASELINE, FORMATS[0], "--batch-sizes", 2)
@@ -486,19 +499,18 @@ def test_where_decoding_fails_quality_stays(lab, monkeypatch):
     for row in results["variants"]:
         assert row["status"] == "ok" and row["error"] is None
         assert row["runs_as"].startswith("speed was not measured: not compiled, it failed: ")
-        assert str(error) in row["runs_as"]
+        assert error in row["runs_as"]
         for key in ("perplexity", "kld", "divergence", "weight_bytes", "weights_memory_bytes"):
             assert row[key] is not None, key
         for column in quant_lab.SPEED:
             assert quant_lab.read_figure(row, column[1]).middle is None
             assert quant_lab.render_cell(row, column) == "–"
     tables = quant_lab.render_tables(results, results["variants"]).split("\n\n")
-    assert [tables[place].count(" – ") for place in (1, 2, 3)] == [0, 8, 2]
-    verdict = quant_lab.render_verdict(results["variants"])
-    assert "Fastest in this script's own loop, one sequence: unknown" in verdict
-    assert f"Smallest: {FORMATS[0]}" in verdict and "multiplies perplexity" in verdict
+    assert [tables[place].count(" – ") for place in (1, 2, 3)] == [0, 6, 2]
+    assert [one["variant"] for one in quant_lab.advise(results)][:2] == [None, None]
+    assert "GPTQ" not in quant_lab.render_advice(results)
     assert quant_lab.draw_summary(results).axes and (build.output / "summary.png").stat().st_size
-    assert str(error) in " ".join(quant_lab.render_result(FORMATS[0], results).split())
+    assert error in " ".join(quant_lab.render_result(FORMATS[0], results).split())
 
 
 @pytest.fixture
@@ -529,7 +541,7 @@ def test_compiling_that_fails_is_measured_eagerly_and_said(on_gpu, monkeypatch):
     monkeypatch.setattr(quant_lab, "compile_layers", fail)
     monkeypatch.setattr(quant_lab, "measure_speed", measure)
     row = on_gpu("01_fp8_dynamic")
-    assert row["compile_seconds"] is None and row["decode"][0]["tok_s"]["median"] > 0
+    assert row["decode"][0]["tok_s"]["median"] > 0
     assert row["runs_as"].endswith(
         " · not compiled · compiled, it failed: RuntimeError: no such compiler")
     assert "registers" not in row["runs_as"] and len(failed) == 1
@@ -537,14 +549,26 @@ def test_compiling_that_fails_is_measured_eagerly_and_said(on_gpu, monkeypatch):
 
 def test_a_variant_that_can_be_compiled_is(on_gpu, quick_compiler):
     row = on_gpu("01_fp8_dynamic")
-    assert row["runs_as"].endswith(" · compiled") and row["compile_seconds"] > 0
+    assert row["runs_as"].endswith(" · compiled")
     assert [entry["tok_s"]["median"] > 0 for entry in row["decode"]] == [True, True]
 
 
 @pytest.mark.parametrize("changes", [dict(no_compile=True), dict(execution="emulated")])
 def test_what_is_not_compiled_says_so(on_gpu, monkeypatch, changes):
     row = on_gpu("01_fp8_dynamic", **changes)
-    assert row["runs_as"].endswith(" · not compiled") and row["compile_seconds"] is None
+    assert row["runs_as"].endswith(" · not compiled")
+
+
+def test_batches_without_a_kernel_are_not_timed(on_gpu, quick_compiler, monkeypatch):
+    """Unpacking all weights at each step would say nothing of a server's W4A16."""
+    pack = quant_lab.pack_model
+    monkeypatch.setattr(quant_lab, "pack_model", lambda model, sm: pack(model, (9, 0)))
+    monkeypatch.setattr(quant_lab, "triton", None)
+    row = on_gpu("rtn_w4a16")
+    assert row["decode"][0]["tok_s"]["median"] > 0 and row["runs_as"].endswith(" · compiled")
+    assert row["decode"][1] == dict(batch=2, tok_s=None, itl_ms=None, error="no kernel")
+    figure = quant_lab.read_figure(quant_lab.ROW | row, "tok_s@2")
+    assert figure.word == "no kernel" and figure.middle is None
 
 
 def test_prompts_are_the_evaluation_text(labs, monkeypatch):
@@ -570,7 +594,7 @@ def test_emulated_is_the_ecosystems_path(lab, tmp_path):
     _, packed = run_all(lab(*words))["variants"]
     _, row = run_all(lab(*words, "--execution", "emulated", "--output-dir",
                          tmp_path / "emulated"))["variants"]
-    assert packed["runs_as"] == "prefill, decode dequantized to fp16 · not compiled"
+    assert packed["runs_as"] == "dequantized to fp16 · not compiled"
     assert row["runs_as"] == (
         "emulated, weights unpacked to fp16"
         " · not compiled")
@@ -579,25 +603,7 @@ def test_emulated_is_the_ecosystems_path(lab, tmp_path):
         assert row[key] == packed[key], "packed execution changes no figure of quality"
 
 
-def test_emulated_steps_read_unpacked_weights(models, monkeypatch):
-    """Count what a step reads: 16 bits a weight, as of the baseline, and the scales."""
-    copy = SimpleNamespace(timeit=lambda number: SimpleNamespace(median=1.0))
-    monkeypatch.setattr(quant_lab, "Timer", lambda *_, **__: copy)
-
-    def count(label, execution):
-        options = quant_lab.Options(
-            execution=execution, new_tokens=4, repeats=1, batch_sizes=(1,))
-        model = quant_lab.place_model(models[label, True], options, torch.device("cpu"))
-        return quant_lab.measure_speed(
-            model, draw_prompts(1), options, False)["decode"][0]["step_bytes"]
-
-    baseline = count(quant_lab.BASELINE, "packed")
-    for label in FORMATS:
-        assert baseline <= count(label, "emulated") < 1.02 * baseline
-        assert count(label, "packed") < 0.9 * baseline
-
-
-KINDS = ["dense", "int8", "int8_old", "fp8", "fp8_old", "int4", "int4_old"]
+KINDS = ["dense", "int8", "fp8", "fp8_old", "int4"]
 
 
 def make_linear(kind, outputs, width, dtype, device="cuda", group=128):
@@ -619,17 +625,16 @@ def test_kernels_multiply_right(kind, outputs, width, count, dtype, group=128):
     """Compare all formats and numbers of tokens with a product in float64."""
     linear = make_linear(kind, outputs, width, dtype, group=group)
     route = linear.choose_route(count).name
-    if kind == "int4" and width % 64 == 0 and group > 32 and outputs % 16 == 0:
-        by_rows = count == 1 and outputs * width <= 10**7
-        assert route == ("REGISTERS" if by_rows else "TENSOR_CORES" if count <= 128 else
-                         "DEQUANTIZED")
-    elif count == 1:
-        assert route == ("REGISTERS" if kind[:4] != "int4" or width % 64 == 0 else
-                         "DEQUANTIZED")
+    if count == 1:
+        assert route == ("DEQUANTIZED" if kind == "fp8_old" or kind == "int4" and width % 64
+                         else "REGISTERS")
+    else:
+        assert route == ("DENSE" if kind == "dense" else "DEQUANTIZED"
+                         if kind in ("int4", "fp8_old") or outputs % 16 else "TENSOR_CORES")
     x = torch.randn(1, count, width, device="cuda").to(dtype)
     inputs, weight = x.double(), linear.weight.double()
     if linear.kind in ("int8", "fp8"):
-        values, scale = quant_lab.round_activations(linear.kind, x, linear.native)
+        values, scale = quant_lab.round_activations(linear.kind, x)
         inputs = values.double() * scale.double()
     if kind != "dense":
         weight = quant_lab.dequantize(linear.kind, linear.weight, linear.scale.double())
@@ -683,7 +688,7 @@ def test_an_old_gpu_takes_its_fast_attention(models, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["int8", "int8_old", "fp8", "fp8_old"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("count", [1, 8, 512])
 def test_the_largest_sums_of_products_stay_finite(kind, count):
     """Multiply nothing but the largest values, whose sum alone no float16 holds."""
@@ -697,12 +702,11 @@ def test_the_largest_sums_of_products_stay_finite(kind, count):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["int4", "int4_old"])
 @pytest.mark.parametrize("group, width", [(32, 192), (32, 288), (64, 576), (64, 4864)])
-@pytest.mark.parametrize("count", [1, 3, 8, 17, 100])
+@pytest.mark.parametrize("count", [1, 17])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_smaller_groups_multiply_right(kind, group, width, count, dtype):
-    test_kernels_multiply_right(kind, 144, width, count, dtype, group)
+def test_smaller_groups_multiply_right(group, width, count, dtype):
+    test_kernels_multiply_right("int4", 144, width, count, dtype, group)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
