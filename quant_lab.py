@@ -16,8 +16,8 @@ has to be measured. This script writes a causal LM in float16 and as three check
     python quant_lab.py --demo                 the same code, any machine, two minutes
     python quant_lab.py --variants gptq --max-windows 20
 
-Each run prints its variant beside the baseline; tables and a verdict come last. The
-output folder has `results.json` with every timing, a summary, a picture, checkpoints.
+Each run prints its variant beside the baseline; tables come after all, and last which
+to deploy. `results.json` has every timing; beside it are summary, picture, checkpoints.
 Every variant is compared with the *reference*: the model as it came. The *baseline* is
 that model written and loaded again: what differs there is noise of the measurement."""
 
@@ -28,10 +28,8 @@ import hashlib
 import importlib.metadata
 import inspect
 import json
-import logging
 import math
 import os
-import platform
 import random
 import re
 import shlex
@@ -57,7 +55,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 try:
@@ -90,8 +87,8 @@ WxAy means weights of x bits and activations of y. SM is a GPU's compute capabil
   GPTQ has `actorder=None`: vLLM 0.20 to 0.22 rejects a key of the default for W8A8.
 - On request: `rtn_w4a16` rounds to nearest in GPTQ's format, as its control;
   [AWQ](https://arxiv.org/abs/2306.00978) does so after scaling up channels of the
-  largest activations. `w8a16` leaves activations alone; `fp8_block` has a scale per 128
-  x 128 weights and per 128 activations, as DeepSeek-V3 was trained.
+  largest activations (its sums can overflow in float16: `--dtype bfloat16`). `w8a16`
+  and `fp8_block`, DeepSeek-V3's, have no kernel here.
 
 Embedding, `lm_head` and vision towers stay 16-bit. Groups are smaller where 128 does
 not divide each width. To add a recipe, of any scheme, add an entry at the end (`True`
@@ -114,8 +111,7 @@ VARIANTS = {
     "rtn_w4a16": Variant("W4A16"),
     "awq_w4a16": Variant("W4A16", lambda m, o: [
         m.AWQModifier(), m.QuantizationModifier(scheme="W4A16", **LINEAR)], True),
-    "w8a16": Variant("W8A16"),
-    "fp8_block": Variant("FP8_BLOCK"),
+    "w8a16": Variant("W8A16"), "fp8_block": Variant("FP8_BLOCK"),
 }
 BASELINE, DEFAULT = "00_fp16_baseline", tuple(VARIANTS)[:4]
 
@@ -155,7 +151,6 @@ DEMO = dict(model="tests/tiny-qwen2", calibration_data="tests/demo/chats.jsonl",
             eval_text="tests/demo/eval.txt", calibration_samples=32,
             calibration_length=512, window=512, batch_sizes=(1, 8))
 
-# The first option of each group in --help.
 HELP_GROUPS = dict(model="what to run", calibration_data="data",
                    new_tokens="measurement", output_dir="output and advice")
 
@@ -189,19 +184,18 @@ class Options:
     max_windows: int = option(0, "20 for a quick look; 0 scores the whole text", 0)
     new_tokens: int = option(64, "length of the completions", 2)
     batch_sizes: tuple = option((1, 8, 32), "sequences decoded at once; 1 always is", 1)
-    prompt_lengths: tuple = option((128, 512, 2048), "tokens before the first new one", 1)
+    prompt_lengths: tuple = option((128, 512, 2048), "tokens to read: more TTFT", 1)
     repeats: int = option(5, "more if the range of the timings is wide", 1)
     no_compile: bool = option(False, "a quick look at speed; a CPU never compiles")
     output_dir: str = option("", "where to write, if not results/<model>-<device>")
     max_loss: float = option(2.0, "percent more perplexity that you would accept", 0)
     fresh: bool = option(False, "forget finished work in the output folder")
 
-def read_words() -> list[str]:
-    with usable("QUANT_LAB_ARGS", "", "write it as on a command line"):
-        return (shlex.split(os.environ.get("QUANT_LAB_ARGS", "")) if IN_NOTEBOOK
-                else sys.argv[1:])
-
 # %%
+def read_words() -> list[str]:
+    typed = shlex.split(os.environ.get("QUANT_LAB_ARGS", ""))
+    return typed if IN_NOTEBOOK else sys.argv[1:]
+
 def find_label(word: str) -> str:
     for labels in VARIANTS.keys() & {word}, DEFAULT, VARIANTS:
         matches = [label for label in labels if word.lower() in label]
@@ -248,8 +242,6 @@ def choose_device(options: Options) -> torch.device:
         return torch.device("cpu")
     if not has_gpu:
         stop("no CUDA GPU: try --demo, --device cpu or, in Colab, a runtime with a T4")
-    if torch.cuda.get_device_capability() < (8, 0) and options.dtype == "bfloat16":
-        stop("--dtype bfloat16: this GPU only emulates it; take float16")
     return torch.device("cuda", 0)
 
 # %% [markdown]
@@ -282,10 +274,9 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
     """Return folder, tokenizer, context and PROMPTS as ids [1, n], or exit with 2."""
     from huggingface_hub import snapshot_download
     from transformers import AutoModelForCausalLM, AutoTokenizer, utils
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto
     utils.logging.set_verbosity_error()  # Warnings quote a model's files.
     utils.logging.disable_progress_bar()
-    torch._logging.set_logs(all=logging.ERROR)  # Of a T4 it says "Not enough SMs".
     with usable("--model", options.model, "give a causal LM: hub id or whole folder"):
         folder = find_path(options.model) or Path(snapshot_download(
             options.model, ignore_patterns=["*/*", "consolidated*"],
@@ -294,16 +285,16 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
         names = " ".join(file.name for file in folder.glob("*"))
         config = read_json(folder / "config.json")
         kind = (config.get("architectures") or [""])[0]
-        causal = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-        for holds, obstacle in (
-                ("adapter_config.json" in names, "a LoRA adapter: merge it first"),
-                ("modules.json" in names, "an embedding model, it writes no text"),
-                (config.get("quantization_config"), "quantized already: use original"),
-                (kind not in causal, f"{kind}, no known causal LM"),
-                (".safetensors" not in names, "no safetensors; of GGUF, give what it "
-                 "was made from; of .bin, load it, save_pretrained, and give that")):
-            if holds:
-                stop(f"--model {options.model}: {obstacle}")
+        causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        obstacles = {
+            "a LoRA adapter: merge it first": "adapter_config.json" in names,
+            "an embedding model, it writes no text": "modules.json" in names,
+            "quantized already: use original": "quantization_config" in config,
+            f"{kind}, no known causal LM": kind not in str(causal),
+            "no safetensors; of GGUF, give what it was made from; of .bin, load it, "
+            "save_pretrained, and give that": ".safetensors" not in names}
+        for obstacle in [text for text, holds in obstacles.items() if holds]:
+            stop(f"--model {options.model}: {obstacle}")
         model = AutoModelForCausalLM.from_pretrained(  # Opens each file.
             folder, device_map="meta", trust_remote_code=False, use_safetensors=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -334,7 +325,7 @@ def fetch(files: str, column: str, rows: int = 2**20) -> list:
 
 # %%
 def read_chat(entry: dict) -> list[dict] | str:
-    """Return a chat's turns, or a text as it is; ValueError if the format is unknown."""
+    """Return a chat's turns, or text as it is; ValueError if the format is unknown."""
     forms = "messages", "conversations", "prompt completion", "text"
     form, chat = next((f for f in forms if set(f.split()) <= entry.keys()), ""), []
     for key in form.split():
@@ -406,10 +397,9 @@ def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, 
     """Return windows [n, tokens] of the text and the ids that begin each, or exit."""
     source, window, begin = options.eval_text, options.window, list_specials(tokenizer)
     with usable("--eval-text", source, "give a text file in UTF-8"):
-        if source == WIKITEXT:
-            text = "\n\n".join(fetch(f"{source}/wikitext-2-raw-v1/test-*", "text"))
-        else:
-            text = Path(find_path(source) or source).read_text("utf-8-sig")
+        text = ("\n\n".join(fetch(f"{source}/wikitext-2-raw-v1/test-*", "text"))
+                if source == WIKITEXT else
+                Path(find_path(source) or source).read_text("utf-8-sig"))
     ids = tokenizer(text, add_special_tokens=False).input_ids
     size = window - len(begin)
     if window > context or not 0 < size <= len(ids):
@@ -427,11 +417,10 @@ Load the model, build the recipe, `oneshot`, save, hash, rename. Each modifier o
 over the chats, layer by layer, up to eight of like length at once, cut to the shortest:
 of 256 that costs 1.4 % of the tokens, and W4A16 takes a third of the time (H200).
 
-- **MB, size**: bytes of the safetensors, in units of 10^6, and over the baseline's.
-- **quantize s**: the recipe with its calibration, without loading and saving.
-
-Layers whose matrix GPTQ cannot invert are rounded to nearest; the verdict counts them.
-A checkpoint is refused if transformers does not read every weight of it again."""
+**MB**: bytes of the safetensors, in 10^6. **quantize s**: the recipe with calibration,
+without loading and saving. Layers whose matrix GPTQ cannot invert are rounded to
+nearest; the notes count them. A checkpoint of which transformers does not read every
+weight again fails."""
 
 # %%
 def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
@@ -445,10 +434,10 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     torch.manual_seed(lab.options.seed)
     model = place_model(lab.model_folder, lab.options, torch.device("cpu"))
     recipe = build_recipe(label, lab.options)
-    with llmcompressor_session(model, len(recipe)) as log:
+    with llmcompressor_session(model) as log:
         if recipe:
             fit_groups(recipe, model, lab.options, row)
-            fit_smoothing(recipe, model, lab.windows[:1, :128], row)
+            fit_smoothing(recipe, model, row)
             start = now()
             oneshot(model=model, recipe=recipe, processor=lab.tokenizer, dataset=chats,
                     shuffle_calibration_samples=False,
@@ -464,8 +453,7 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
             module, torch.nn.Linear) and not hasattr(module, "quantization_scheme")]
         form["ignore"] = sorted({*form["ignore"], *kept})  # By names in memory.
         write_json(draft / "config.json", config)
-        if others := [name for name in kept if name != "lm_head"]:
-            row["notes"] += [f"{len(others)} Linears stay 16-bit, as {others[0]}"]
+        row["notes"] += [f"16-bit: {name}" for name in kept[:1] if name != "lm_head"]
     lab.tokenizer.save_pretrained(draft)
     if lab.options.plain_text:  # The template is not the model's own.
         (draft / "chat_template.jinja").unlink(missing_ok=True)
@@ -503,13 +491,16 @@ interval is far narrower than that of perplexity itself.
 **KLD**: Kullback-Leibler divergence D(reference || variant) of the next-token
 distributions, in nats, over the whole vocabulary. In perplexity a token that became
 more likely pays for one that became less likely; in KLD both count, which makes it the
-most sensitive figure here. It is taken at every token, in float32 (off by some 1e-6).
+most sensitive figure here. What .015 nats mean: on text that the reference wrote itself
+perplexity would rise by a factor of exp(.015), 1.5 % (the cost of a wrong code: Cover
+and Thomas, *Elements of Information Theory*, theorem 5.4.3). It is taken at every
+token, in float32 (off by some 1e-6).
 What waits in the host's memory are the reference's last hidden states (0.54 GB at 0.5B;
 logits would be 90 GB), so two models never have to fit on a GPU. Its own head turns
 them into logits again. **Top-1**: how often the first choice agrees.
 
 **Tokens**: how many of a greedy completion go by before the first that differs from the
-reference's, of eight prompts, padded to one batch: read them, do not rank by it.
+reference's, the median of eight prompts: read them, do not rank by it.
 
 **The interval** of 95 % (±: its half) speaks for the choice of text, not for that of
 chats (compare two seeds). What stands in one article errs together, so neither tokens
@@ -552,15 +543,10 @@ def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
     ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
     # The model's own settings may ask for sampling, or for a repetition penalty.
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
-    ids = pad_sequence([x[0] for x in lab.prompts], True, -1, "left").to(model.device)
-    output = model.generate(
-        input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long(), do_sample=False,
-        max_new_tokens=lab.options.new_tokens)
-    completions = []
-    for made in output[:, ids.shape[1]:].tolist():
-        is_end = [token in tree_leaves(ends) for token in made]  # Padding follows.
-        completions.append(made[: 1 + is_end.index(True)] if any(is_end) else made)
-    return completions
+    return [model.generate(
+        ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device),
+        do_sample=False, max_new_tokens=lab.options.new_tokens
+    )[0, ids.shape[1] :].tolist() for ids in lab.prompts]
 
 @torch.no_grad()
 def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
@@ -619,15 +605,13 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     reference.head.cpu()
     losses, kld, agrees = torch.cat(parts, dim=1).view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
-    cuts = kld.flatten().quantile(kld.new_tensor([0.5, 0.99, 0.999])).tolist()
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
         perplexity_ratio=estimate(losses - reference.losses.view_as(losses), raise_e),
         tokens_scored=losses.numel(), window_losses=losses.mean(1).tolist(),
         top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
         kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
-            median=cuts[0], p99=cuts[1], p999=cuts[2], max=kld.max().item(),
-            tokens=kld.numel(), windows=kld.mean(1).tolist()),
+            max=kld.max().item(), tokens=kld.numel(), windows=kld.mean(1).tolist()),
         divergence=compare_completions(mine, reference.completions, lab))
 
 # %% [markdown]
@@ -641,11 +625,15 @@ waits for. That is why fewer bits can make decoding faster and prefill slower.
 A prompt of 512 tokens of the evaluation text is continued by exactly `--new-tokens`,
 greedy, whatever the model's own settings ask for, so no variant ends early.
 
-- **TTFT**: time to the first token, the prefill. **Latency**: that and all new tokens.
+- **TTFT**: time to the first token, the prefill; timed for `--prompt-lengths`, too, as
+  far as the context goes. **Latency**: that of 512 and all new tokens.
 - **tokens/s**, **batch n**: tokens after the first over the seconds they take, for one
-  sequence and for n, of different text. Prefill is timed for one.
+  sequence and for n, of different text.
 - **weights**: parameters and buffers in memory afterwards. **Peak**: the allocator's,
   in a prefill or a step of one sequence (GPU only).
+- **KV tokens**: how many tokens' keys and values fit into 90 % of the GPU beside that
+  peak; **users**, of 8,192 tokens each. Bytes a token are those of a real cache of that
+  length, windows that forget and states that do not grow included.
 
 One warm-up, then `--repeats` runs; each look at the clock waits for the device. Shown
 is the median (least-greatest). Where the greatest is over 1.3 times the least, the
@@ -654,11 +642,11 @@ machine was busy with something else: the figure is marked *noisy*, and not rank
 Decoding is what servers do, as far as PyTorch goes: a static cache, tokens that never
 leave the GPU, compiled decoder layers, prefill and step as CUDA graphs. Else hundreds
 of kernels would each be started from Python, and at this size one would measure Python.
-On a CPU, and where layers do not compile (sliding windows, soft caps, some experts),
-that is what is left. Compare it with its like; `runs_as` tells.
+So a model whose layers do not compile has no speed on a GPU (sliding windows shorter
+than the prompt, soft caps, states): a server may have. A CPU never compiles.
 
-The first three graphs of a process replay 14 to 21 % faster than all do once a fourth
-is recorded (H200; why is not known). Servers record dozens; so does this."""
+A process's first three graphs replay up to 21 % faster than all do once a fourth is
+recorded (H200; why is not known). Servers record dozens; so does this."""
 
 # %%
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
@@ -681,7 +669,6 @@ def summarize_runs(batch: int, steps: int, runs: list) -> tuple[dict, dict]:
                  itl_ms=summarize([1000 * x for x in itl])))
 
 def record(work):
-    """Return a function that replays the work, recorded as a CUDA graph."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     with torch.cuda.stream(stream), torch.cuda.graph(graph):  # Back, if it fails.
         work()
@@ -691,21 +678,17 @@ def record(work):
 class Decoder:
     """Continue prompts [batch, n] in tensors of fixed size; if compiled, by graphs."""
     def __init__(self, model, prompts: Tensor, steps: int, compiled: bool):
-        from transformers.cache_utils import Cache, StaticCache, StaticLayer
-        self.model, self.start, self.masks = model, prompts.shape[1], None
+        from transformers.cache_utils import Cache, StaticLayer
+        self.model, self.start = model, prompts.shape[1]
         length = math.ceil((self.start + steps + 1) / 16) * 16  # SDPA wants that.
-        self.cache = StaticCache(model.config, length)
-        if compiled:  # Every layer keeps all places, over a row of what each may see.
-            layers = find_decoder(model).layers
-            self.cache = Cache(layers=[StaticLayer(length) for _ in layers])
-            size = 1, 1, length, length
-            self.masks = prompts.new_full(size, -math.inf, dtype=model.dtype).triu(1)
+        layers = find_decoder(model).layers
+        self.cache = Cache(layers=[StaticLayer(length) for _ in layers])
+        size = 1, 1, length, length  # Over a row of what each place may see.
+        self.masks = prompts.new_full(size, -math.inf, dtype=model.dtype).triu(1)
         self.token, self.prompts = prompts[:, -1:].clone(), prompts
         self.places = torch.arange(self.start, device=prompts.device)
         self.position = self.places[-1:] + 1
         self.prefill()  # Makes the tensors of the cache.
-        if not self.cache.get_seq_length():
-            raise ValueError("this model takes no static cache")
         self.run(min(2, steps))  # Compiles, and warms up.
         if prompts.is_cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -718,9 +701,9 @@ class Decoder:
             if len(prompts) == 1:
                 self.prefill = record(self.prefill)
     def advance(self, ids: Tensor, places: Tensor) -> None:
-        mask = None if self.masks is None else self.masks[:, :, places]
-        output = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1,
-                            position_ids=places[None], past_key_values=self.cache)
+        output = self.model(
+            input_ids=ids, attention_mask=self.masks[:, :, places], logits_to_keep=1,
+            position_ids=places[None], past_key_values=self.cache)
         self.token.copy_(output.logits[:, -1:].argmax(-1))
     def prefill(self) -> None:
         self.advance(self.prompts, self.places)
@@ -744,9 +727,9 @@ def cut_prompts(lab: SimpleNamespace) -> Tensor:
     ids = lab.windows[:, lab.unscored :].flatten()
     return ids[torch.arange(math.prod(size)) % len(ids)].view(size)
 
-# %%
 CONTEXT = 8192  # Tokens of a user whose keys and values are to fit.
 
+# %%
 def count_kv_bytes(model, ids: Tensor) -> int:
     """Return bytes a token of a cache of CONTEXT, all kinds of layers together."""
     from transformers.cache_utils import StaticCache
@@ -757,33 +740,25 @@ def count_kv_bytes(model, ids: Tensor) -> int:
 
 def time_runs(model, prompts: Tensor, steps: int, repeats: int, compiled: bool) -> list:
     """Return seconds to the first and to the last token of each run; none if OOM."""
-    try:
+    with contextlib.suppress(torch.OutOfMemoryError):
         decoder = Decoder(model, prompts, steps, compiled)
         return [decoder.run(steps) for _ in range(1 + repeats)][1:]
-    except Exception as error:
-        if not lacks_memory(error):
-            raise
-        return []
+    return []
 
 @torch.no_grad()
 def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> dict:
     """Return speed and memory of continuing prompts [n, tokens], batch by batch."""
     steps, decode, prefill = options.new_tokens - 1, [], []
+    kv = count_kv_bytes(model, prompts[:1, :1])
     speed = dict(prompt_tokens=prompts.shape[1], decode=decode, prefill=prefill,
-                 kv_bytes_per_token=count_kv_bytes(model, prompts[:1, :1]))
-    if compiled:
-        compile_layers(model)
+                 kv_bytes_per_token=kv)
+    compile_layers(model, compiled)
     for batch in show_progress("timing", options.batch_sizes):
-        has_kernel = batch == 1 or not compiled or not any(
-            isinstance(m, PackedLinear) and any(m.sm)
-            and m.choose_route(batch) is Route.DEQUANTIZED for m in model.modules())
-        runs = has_kernel and time_runs(
-            model, prompts[:batch], steps, options.repeats, compiled)
+        runs = time_runs(model, prompts[:batch], steps, options.repeats, compiled)
         if not runs and not decode:
             raise MemoryError("out of memory: one sequence does not fit")
         if not runs:
-            decode.append(dict.fromkeys(decode[0]) | dict(
-                batch=batch, error="OOM" if has_kernel else "no kernel"))
+            decode.append(dict.fromkeys(decode[0]) | dict(batch=batch, error="OOM"))
             continue
         waits, figures = summarize_runs(batch, steps, runs)
         decode.append(figures)
@@ -792,8 +767,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
         if batch == 1 and prompts.is_cuda:
             peak = torch.cuda.max_memory_allocated()
             room = 0.9 * torch.cuda.get_device_properties(0).total_memory - peak
-            room = max(0, int(room / speed["kv_bytes_per_token"]))
-            speed |= dict(peak_memory_bytes=peak, kv_tokens=room)
+            speed |= dict(peak_memory_bytes=peak, kv_tokens=int(max(0.0, room) / kv))
     text = prompts.repeat(max(options.prompt_lengths, default=0), 1).view(1, -1)
     for tokens in options.prompt_lengths:
         runs = time_runs(model, text[:, :tokens], 0, options.repeats, compiled)
@@ -808,18 +782,17 @@ What one deploys is a server, whose kernels may rank the formats in another orde
 `--vllm PYTHON` names the interpreter of an environment that has vLLM (its pins differ
 from llmcompressor's: it can never be this one). There each checkpoint, in a process of
 its own, continues the same prompts, greedy, to the same length, without prefix caching.
-TTFT is the time for one token; what `--new-tokens` take longer is decoding. Which
-kernels it chose, and how many tokens its cache of keys and values holds in 80 % of the
-GPU, its log says.
+TTFT is the time for one token; what `--new-tokens` take longer is decoding. Its log
+says which kernels it chose and how many KV tokens fit in 80 % of the GPU.
 
 Those are its engine's times, without HTTP and other requests; for these the report
 names the arguments of `vllm bench serve`. Between steps it schedules, prepares inputs
 and turns tokens into text on the host: with a small model, a step waits for that.
 
-Its completions are compared with this script's: a server that reads a checkpoint
-wrongly differs at once in most. Order must not decide: the baseline is measured first,
-and again last. If the two differ by more than 5 %, in latency or in decoding at any
-batch size, or could not be compared, all that the server gave counts as noisy."""
+Its completions are compared with this script's: one that reads a checkpoint wrongly
+differs at once. The baseline is measured first, and again last. If the two differ by
+over 5 %, in latency or in decoding at any batch size, or could not be compared, all
+that the server gave counts as noisy."""
 
 # %%
 PATIENCE, DRIFT = 1200, 0.05  # Seconds for a checkpoint; between two baselines.
@@ -874,7 +847,6 @@ def find_engine(options: Options, log: Path) -> str:
 
 # %%
 def measure_served(label: str, lab: SimpleNamespace) -> dict:
-    """Return what vLLM makes of a checkpoint, or why there is nothing."""
     log, served = lab.output / f"vllm-{label}.log", SERVED | dict(engine=lab.engine)
     given = json.dumps(dict(
         model=str(lab.output / "checkpoints" / label), config=lab.head["config"],
@@ -886,9 +858,8 @@ def measure_served(label: str, lab: SimpleNamespace) -> dict:
         rounds, texts = json.loads(re.search("^RESULT (.*)", said, re.M)[1])
     except Exception as error:
         return served | dict(error=f"{describe(error)}; {log.name} has more")
-    waits, decode = zip(*(
-        summarize_runs(batch, lab.options.new_tokens - 1, pairs)
-        for batch, pairs in zip(lab.options.batch_sizes, zip(*rounds))))
+    sizes, steps = lab.options.batch_sizes, lab.options.new_tokens - 1
+    waits, decode = zip(*map(summarize_runs, sizes, [steps] * len(sizes), zip(*rounds)))
     kernels = set(re.findall(r"(?:Selected|Using) (\w+) for CompressedTensors", said))
     room = re.search(r"KV cache size: ([\d,]+) tokens", said)
     here = [one["completion"] for one in lab.rows[label]["divergence"]["completions"]]
@@ -925,24 +896,20 @@ scored, timed. One that fails leaves a row with its reason; where only timing fa
 quality stays. Files are written after each row. A folder holds results of *one* set of
 options, model files, texts, rendered prompts, versions, machine and number of threads:
 a run that differs is refused and told by what. Where only a recipe changed, its row is
-measured again when asked for; other changes of the script go unnoticed: `--fresh`.
-
-A compiler that crashes ends the run: take `--no-compile` and another `--output-dir`.
-"""
+measured again when asked for; other changes of the script go unnoticed: `--fresh`. A
+compiler that crashes ends the run: take `--no-compile`, another `--output-dir`."""
 
 # %%
 ROW = dict.fromkeys("""
-    label status error scheme checkpoint weight_bytes size_ratio quantize_seconds
-    rtn_fallbacks group_size smoothing notes perplexity perplexity_interval
-    perplexity_ratio tokens_scored window_losses kld top1_agreement divergence
-    weights_memory_bytes peak_memory_bytes kv_bytes_per_token kv_tokens ttft_s latency_s
-    prefill decode prompt_tokens runs_as served
-    fingerprint""".split())
+    label status error scheme checkpoint weight_bytes quantize_seconds rtn_fallbacks
+    group_size smoothing notes perplexity perplexity_interval perplexity_ratio
+    tokens_scored window_losses kld top1_agreement divergence weights_memory_bytes
+    peak_memory_bytes kv_bytes_per_token kv_tokens ttft_s latency_s prefill decode
+    prompt_tokens runs_as served fingerprint""".split())
 SCHEMA = 7  # Raised when keys go: older results are refused.
 MAY_DIFFER = "variants", "output_dir", "vllm", "max_loss", "fresh", "memory_bytes"
 
 def name_model(lab: SimpleNamespace) -> dict:
-    """Return the model's name; base and licence as hub or model card have them."""
     from huggingface_hub import ModelCard
     name, card = lab.options.model, {}
     with contextlib.suppress(Exception):  # Not all have one, or one that can be read.
@@ -957,13 +924,13 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     inputs = dict(model_files=fingerprint(hash_files(lab.model_folder)),
                   eval_tokens=fingerprint(lab.windows.tolist()),
                   window_begin=lab.tokenizer.decode(lab.begin),
-                  prompts_in_the_chat_template=fingerprint(prompts),
-                  chats=fingerprint(hash_files(find_path(chats) or Path(chats))))
-    versions = dict(python=platform.python_version(), cuda=torch.version.cuda)
+                  chats=fingerprint(hash_files(find_path(chats) or Path(chats))),
+                  prompts_in_the_chat_template=fingerprint(prompts))
+    versions = dict(python=sys.version.split()[0], cuda=torch.version.cuda)
     for package in "torch transformers llmcompressor compressed_tensors".split():
         versions[package] = importlib.metadata.version(package)
     cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
-    machine = dict(name=f"{[*cpus, platform.machine()][0]}, {os.cpu_count()} cores",
+    machine = dict(name=f"{[*cpus, os.uname().machine][0]}, {os.cpu_count()} cores",
                    device=lab.device.type, threads=torch.get_num_threads(), driver=None,
                    compute_capability=None, memory_bytes=psutil.virtual_memory().total)
     if lab.device.type == "cuda":
@@ -972,11 +939,12 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
         machine |= dict(name=gpu.name, memory_bytes=gpu.total_memory,
                         compute_capability=f"{gpu.major}.{gpu.minor}",
                         driver=subprocess.getoutput(query))
-    return dict(command=["python", "quant_lab.py", *words], schema=SCHEMA,
-                **name_model(lab),
-                config=json.loads(json.dumps(asdict(lab.options))), inputs=inputs,
-                machine=machine, versions=versions)
+    config = json.loads(json.dumps(asdict(lab.options)))
+    return name_model(lab) | dict(
+        command=["python", "quant_lab.py", *words], schema=SCHEMA, config=config,
+        inputs=inputs, machine=machine, versions=versions)
 
+# %%
 def take_over(lab: SimpleNamespace) -> None:
     """Set lab.marks, a fingerprint a label, and lab.rows, those finished before."""
     file, way_out = lab.output / "results.json", "another keeps, --fresh drops"
@@ -998,34 +966,23 @@ def take_over(lab: SimpleNamespace) -> None:
             lab.marks[label] = fingerprint(SCHEMA, conditions, recipe)
     lab.rows = {row["label"]: ROW | row for row in rows}
 
-# %%
-def name_routes(label: str, model, counts: tuple, options: Options) -> str:
-    """Return what products of so many tokens run as, but for lm_head's, always dense."""
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)
-              and (m.kind != "dense" or label == BASELINE)]
-    dtype = DTYPES[options.dtype]
-    if not packed:
-        return dtype if label == BASELINE else f"emulated, weights unpacked to {dtype}"
-    return ", ".join(dict.fromkeys(
-        m.choose_route(n).value.format(dtype if m.kind == "dense" else m.kind, dtype)
-        for n in counts for m in packed))
-
 def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
-    """Return speed and memory of a checkpoint: compiled, else not, else the reason."""
-    options, reasons, prompts = lab.options, [], cut_prompts(lab)
-    compiles = lab.device.type == "cuda" and packs and not options.no_compile
-    for compiled in [True, False] if compiles else [False]:
-        how, model = "compiled" if compiled else "not compiled", None  # Frees the last.
-        try:
-            model = place_model(lab.output / "checkpoints" / label, options, lab.device)
-            speed = measure_speed(model, prompts.to(model.device), options, compiled)
-            tokens = prompts.shape[1], *options.batch_sizes
-            routes = name_routes(label, model, tokens, options)
-            return speed | dict(runs_as=" · ".join([routes, how, *reasons]))
-        except Exception as error:
-            traceback.print_exc()  # Goes to the log.
-            reasons.append(f"{how}, it failed: {quote(describe(error))}")
-    return dict(runs_as=f"speed was not measured: {'; '.join(reasons)}")
+    """Return speed and memory of a checkpoint, or what hinders measuring them."""
+    options, prompts, is_base = lab.options, cut_prompts(lab), label == BASELINE
+    compiled = lab.device.type == "cuda" and packs and not options.no_compile
+    try:
+        model = place_model(lab.output / "checkpoints" / label, options, lab.device)
+        speed = measure_speed(model, prompts.to(model.device), options, compiled)
+        packed = [m for m in model.modules() if isinstance(m, PackedLinear)
+                  and (m.kind != "dense" or is_base)]  # lm_head says nothing.
+        routes = {m.choose_route(n).value: n for m in packed
+                  for n in (prompts.shape[1], *options.batch_sizes)}
+        how = [*routes, "compiled" if compiled else "not compiled"]
+        how += [] if packed or is_base else ["emulated in 16 bits"]
+        return speed | dict(runs_as=", ".join(how))
+    except Exception as error:
+        traceback.print_exc()  # Goes to the log.
+        return dict(runs_as=f"speed was not measured: {quote(describe(error))}")
 
 def run_variant(label: str, lab: SimpleNamespace) -> None:
     if label in lab.options.variants:
@@ -1067,17 +1024,24 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
     return row
 
 # %% [markdown]
-"""## Tables and verdict
+"""## Tables and advice
 
 ± is half the interval; of a lopsided one, and of timings, ends stand in brackets. A run
-shows five figures beside the baseline's, their ratios, how it ran, and one completion
-of each: read it, a model can keep its perplexity and lose the thread.
-Batches and prefill often rank the formats otherwise: read the column like your traffic.
+shows five figures beside the baseline's, their ratios, what it ran as, and one
+completion of each: read it, a model can keep its perplexity and lose the thread.
 
-The verdict names a variant best where its range, widened by 1 %, shares no value with
-another's, else several. By KLD they are compared window by window, as all score the
-same tokens: the interval of the difference decides, narrower than either's own. A range
-shows the jitter of one process, not what another day or a warm GPU would add."""
+A variant *qualifies* if the upper end of its interval is within `--max-loss` percent
+more perplexity (of twelve windows or more). Of these, and the baseline, four goals name
+the best: one user waiting (latency), many at once (the largest batch that fitted),
+least memory, nothing may change (least KLD, the baseline left out). Those whose ranges,
+widened by 1 %, meet the best one's cannot be told from it; the closest by KLD comes
+first. By KLD, variants are compared window by window, as all score the same tokens: the
+interval of the difference decides. What is noisy is not ranked. Where `--vllm` measured
+and did not drift, its times decide, and what it could not serve is left out. A range
+shows the jitter of one process, not what another day or a warm GPU would add.
+
+The advice is what most of the first three goals name, the first in a draw; on a CPU
+memory alone counts. A note tells where KLD and perplexity disagree threefold."""
 
 # %%
 Cell = namedtuple("Cell", "word middle low high ranged noisy", defaults=[None] * 5)
@@ -1085,9 +1049,10 @@ Cell = namedtuple("Cell", "word middle low high ranged noisy", defaults=[None] *
 QUALITY = (("MB", "weight_bytes", 1, 1e-6), ("ratio", "perplexity_ratio", 4, 1),
            ("perplexity", "perplexity_interval", 2, 1), ("KLD", "kld", 5, 1),
            ("top-1 %", "top1_agreement", 1, 1), ("tokens", "divergence", 0, 1))
-SPEED = (("tokens/s", "tok_s@1", 1, 1), ("TTFT ms", "ttft_s", 1, 1000), ("latency s", "latency_s", 3, 1))
+SPEED = (("tokens/s", "tok_s@1", 1, 1), ("TTFT ms", "ttft_s", 1, 1000),
+         ("latency s", "latency_s", 3, 1))
 USERS = f"users of {CONTEXT:,}", "users", 0, 1
-COST = (("weights MB", "weights_memory_bytes", 1, 1e-6), ("size", "size_ratio", 3, 1),
+COST = (("weights MB", "weights_memory_bytes", 1, 1e-6),
         ("peak MB", "peak_memory_bytes", 1, 1e-6), ("KV tokens", "kv_tokens", 0, 1),
         USERS, ("quantize s", "quantize_seconds", 1, 1))
 ROOM = (("KV tokens", "kv_tokens", 0, 1), ("same tokens", "divergence", 0, 1),
@@ -1139,23 +1104,21 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
         f"| {' | '.join([name.ljust(first), *map(str.rjust, cells, widths)])} |"
         for name, *cells in (*lines, *more))
 
-def split(columns: list) -> list[list]:
-    return [columns[k : k + 3] for k in range(0, len(columns), 3)]
-
 # %%
 def render_tables(results: dict, rows: list[dict]) -> str:
     config, begin = results["config"], results["inputs"]["window_begin"]
     done = next((row for row in rows if row["status"] == "ok"), ROW)
     begin, new = begin and f", each begun with {quote(begin)}", config["new_tokens"]
     protocol = (
-        f"{quote(Path(config['eval_text']).name)}, {done['tokens_scored'] or 0:,} tokens "
-        f"in windows of {config['window']:,}{begin}; KLD in nats; tokens: of {new}. ±: half "
-        f"a 95 % interval. Times: median (least–greatest) of {config['repeats']}, {new} "
+        f"{quote(Path(config['eval_text']).name)}, {done['tokens_scored'] or 0:,} "
+        f"tokens in windows of {config['window']:,}{begin}. ±: half a 95 % interval. "
+        f"KLD: nats. Times: median (least–greatest) of {config['repeats']}, {new} new "
         f"tokens after {done['prompt_tokens'] or 0}; noisy: not ranked.")
-    batches = split([(f"batch {n} tok/s", f"tok_s@{n}", 0, 1)
-                     for n in config["batch_sizes"] if n > 1])
-    lengths = split([(f"TTFT of {n:,} ms", f"ttft_s@{n}", 1, 1000)
-                     for n in config["prompt_lengths"]])
+    batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
+    lengths = [(f"TTFT of {n:,} ms", f"ttft_s@{n}", 1, 1000)
+               for n in config["prompt_lengths"]]
+    batches, lengths = ([columns[k : k + 3] for k in range(0, len(columns), 3)]
+                        for columns in (batches[1:], lengths))
     tables = [render_table(x, rows) for x in (QUALITY, SPEED, *batches, *lengths, COST)]
     served = [as_served(row) for row in rows if row.get("served")]
     if served:
@@ -1183,15 +1146,12 @@ def render_result(label: str, results: dict) -> str:
     if row["error"]:
         return fill(f"{label} failed: {quote(row['error'])}")
     shown = [row] if row is base or base["status"] != "ok" else [base, row]
-    columns = QUALITY[0], QUALITY[2], QUALITY[3], SPEED[0], COST[0]
+    columns = QUALITY[0], QUALITY[1], QUALITY[3], SPEED[0], COST[0]
     ratios = [relate(row, base, key) for _, key, *_ in columns]
-    ratios = ["ratio", *(f"{x:.3f}" if x else "–" for x in ratios)]
-    ratios[2] = render_cell(row, QUALITY[1])  # Paired with the reference: narrow.
-    return "\n\n".join([render_table(columns, shown, ratios),
-                        fill(f"Runs as: {row['runs_as']}"),
+    table = render_table(columns, shown, ["over it", *(f"{x:.3f}" for x in ratios)])
+    return "\n\n".join([table, fill(f"Runs as: {row['runs_as']}"),
                         render_completions(shown, 0)])
 
-# %%
 def name_variant(label: str) -> str:
     """Return a label as people say it, such as "SmoothQuant W8A8"."""
     words = re.sub(r"^\d+_", "", label).replace("smoothquant", "SmoothQuant").split("_")
@@ -1199,64 +1159,63 @@ def name_variant(label: str) -> str:
                     for word in words)
 
 def find_loss(row: dict) -> float:
-    """Return how much perplexity rises, in percent, at the upper end of its interval."""
     high = row["perplexity_ratio"]["high"]
     unknown = 0.0 if row["label"] == BASELINE else math.inf
     return unknown if high is None else 100 * (high - 1)
 
+# %%
 def choose_rows(results: dict) -> tuple[list[dict], dict, str]:
     """Return finished rows, the baseline, and whose times decide, "" if none do."""
     rows, cuda = results["variants"], results["machine"]["device"] == "cuda"
-    served, loop = [as_served(row) for row in rows], "this script's loop" if cuda else ""
+    served, loop = list(map(as_served, rows)), "this script's loop" if cuda else ""
     if any(row["status"] == "ok" and row["drift"] <= DRIFT for row in served):
         rows, loop = served, served[0]["engine"]
-    rows = [row for row in rows if row["status"] == "ok"]
+    rows = [{**row} for row in rows if row["status"] == "ok"]
     return rows, next((row for row in rows if row["label"] == BASELINE), ROW), loop
 
 def rank(rows: list[dict], key: str) -> tuple[list[dict], list[str]]:
     """Return rows that may have the least, by KLD, and labels too noisy to rank."""
-    figures = {row["label"]: read_figure(row, key) for row in rows}
-    sure = {k: x for k, x in figures.items() if x.low is not None and not x.noisy}
-    bar = 1.01 * min((x.high for x in sure.values()), default=0)
-    best = [label for label, x in sure.items() if 0.99 * x.low <= bar]
-    best = [row for row in rows if row["label"] in best]
-    noisy = [label for label, x in figures.items() if x.noisy]
-    return sorted(best, key=lambda row: row["kld"]["mean"]), noisy
+    figures = [(row, read_figure(row, key)) for row in rows]
+    sure = [(row, x) for row, x in figures if x.low is not None and not x.noisy]
+    bar = 1.01 * min((x.high for _, x in sure), default=0)
+    best = [row for row, x in sure if 0.99 * x.low <= bar]
+    best.sort(key=lambda row: row["kld"]["mean"])
+    return best, [row["label"] for row, x in figures if x.noisy]
 
 def advise(results: dict) -> list[dict]:
     """Return for each goal what to take, why, and what cannot be told from it."""
     rows, base, loop = choose_rows(results)
     rows = [row for row in rows if find_loss(row) <= results["config"]["max_loss"]]
-    others, advice = [row for row in rows if row is not base] or [*rows], []
+    others, advice = [row for row in rows if row is not base] or rows[:], []
     klds = torch.tensor([row["kld"]["windows"] for row in others]).double()
     gaps = klds - klds[klds.mean(-1).argmin()] if others else ()
     for row, gap in zip(others, gaps):
         row["gap"] = estimate(gap[:, None])  # Paired, to the closest of them.
-    n = max([1, *(x["batch"] for row in rows for x in row["decode"] or () if x["tok_s"])])
-    where = f"in {loop or 'this script, on a CPU, where no format has kernels'}"
-    for goal, among, key, column in (  # The least by key is the best.
-            ("one user waiting", rows, "latency_s", (f"s {where}", *SPEED[2][1:])),
-            ("many at once", rows, f"itl_ms@{n}", (
-                f"tokens/s in batches of {n}, {where}", f"tok_s@{n}", 0, 1)),
-            ("least memory", rows, "weights_memory_bytes", ("MB of weights", *COST[0][1:])),
-            ("nothing may change", others, "gap", ("nats of KLD", *QUALITY[3][1:]))):
+    sizes = [x["batch"] for row in rows for x in row["decode"] or () if x["tok_s"]]
+    n = max(sizes, default=1)
+    loop = loop or "this script, on a CPU, where no format has kernels"
+    goals = (  # Name, rows, what is to be least, what is shown.
+        ("one user waiting", rows, "latency_s", (f"s in {loop}", *SPEED[2][1:])),
+        ("many at once", rows, f"itl_ms@{n}", (
+            f"tokens/s in batches of {n}, in {loop}", f"tok_s@{n}", 0, 1)),
+        ("least memory", rows, COST[0][1], ("MB of weights", *COST[0][1:])),
+        ("nothing may change", others, "gap", ("nats of KLD", *QUALITY[3][1:])))
+    for goal, among, key, column in goals:
         (best, noisy), why = rank(among, key), []
         for row in best[:1]:
             why.append(f"{render_cell(row, column)} {column[0]}")
-            if (ratio := relate(row, base, column[1])) and row is not base:
-                why.append(f"{ratio:.2f} times the baseline's")
+            if row is not base and relate(row, base, column[1]):
+                why.append(f"{relate(row, base, column[1]):.2f} times the baseline's")
             if goal == "least memory" and row["kv_tokens"] is not None:
-                why.append(f"leaves room for {render_cell(row, USERS)} users of {CONTEXT:,} "
-                           f"tokens, the baseline for {render_cell(base, USERS)}")
+                room, before = (render_cell(x, USERS) for x in (row, base))
+                why.append(f"room for {room} {USERS[0]} tokens, baseline {before}")
         why += [f"too noisy to rank: {', '.join(noisy)}"] if noisy else []
         label, *ties = [row["label"] for row in best] or [None]
         advice.append(dict(goal=goal, variant=label, ties=ties,
                            why="; ".join(why) or "nothing that could be ranked"))
     return advice
 
-# %%
 def describe_change(row: dict, base: dict, loop: str) -> str:
-    """Return what a variant gains and loses beside the baseline; times if a loop counts."""
     changes = [(relate(row, base, key), less, more) for key, less, more in (
         ("weight_bytes", "smaller", "larger"),
         ("perplexity_ratio", "less perplexity", "more perplexity"),
@@ -1265,6 +1224,7 @@ def describe_change(row: dict, base: dict, loop: str) -> str:
         f"{100 * abs(ratio - 1):.1f} % {more if ratio > 1 else less}"
         for ratio, less, more in changes if ratio)
 
+# %%
 def choose_variant(results: dict) -> tuple[str, str]:
     """Return what is best for most goals but the last, and a sentence that says so."""
     rows, base, loop = choose_rows(results)
@@ -1276,35 +1236,35 @@ def choose_variant(results: dict) -> tuple[str, str]:
         if row["label"] == pick:
             return pick, describe_change(row, base, loop)
     others.sort(key=lambda row: row["kld"]["mean"])
-    reason = ("better" if any(find_loss(row) <= most for row in others)
-              else f"within {most:g} % more perplexity")
-    return pick, f"Keep {results['config']['dtype']}, nothing else is {reason}" + "".join(
-        f". Closest is {describe_change(row, base, loop)}" for row in others[:1])
+    return pick, "".join([
+        f"Keep {results['config']['dtype']}, nothing within {most:g} % is better", *(
+            f". Closest is {describe_change(row, base, loop)}" for row in others[:1])])
 
 def render_advice(results: dict, folder="checkpoints") -> str:
     lines, (pick, sentence) = [], choose_variant(results)
     for one in advise(results):
-        names = " or ".join(name_variant(x) for x in (one["variant"], *one["ties"]) if x)
-        lines.append(fill(f"{one['goal']}: **{names or 'unknown'}**, {one['why']}", "- "))
+        labels = [label for label in (one["variant"], *one["ties"]) if label]
+        names = " or ".join(map(name_variant, labels)) or "unknown"
+        lines.append(fill(f"{one['goal']}: **{names}**, {one['why']}", "- "))
     return "\n\n".join(["\n".join(lines), fill(f"**{sentence}.**"),
                         f"    vllm serve {folder}/{pick}"])
 
 def render_notes(results: dict) -> str:
     lines, most = [], results["config"]["max_loss"]
     for row in results["variants"]:
-        notes = [f"failed: {quote(row['error'])}"] if row["error"] else [*row["notes"]]
+        error, fell, unserved = row["error"], row["rtn_fallbacks"], row["served"] or {}
+        unserved = unserved.get("error")
+        notes = [error and f"failed: {quote(error)}", *(row["notes"] or []),
+                 fell and f"warning: {fell} modules fell back to rounding: --dampening",
+                 unserved and f"not served: {quote(unserved)}",
+                 row["runs_as"] and f"runs as: {row['runs_as']}"]
         if row["status"] == "ok" and row["label"] != BASELINE:
             loss, kld = find_loss(row), 100 * (raise_e(row["kld"]["mean"]) - 1)
-            notes.append(f"{'qualifies' if loss <= most else 'does not qualify'} with up to "
-                         f"{loss:.1f} % more perplexity")
+            notes.append(f"up to {loss:.1f} % more perplexity, {most:g} % allowed")
             if kld > 3 * most >= 3 * loss or 3 * kld < most < loss:
-                notes.append(f"its KLD disagrees, worth {kld:.1f} %: read its completions")
-        if count := row["rtn_fallbacks"]:
-            notes.append(f"warning: {count} modules fell back to rounding: --dampening")
-        if error := as_served(row)["error"]:
-            notes.append(f"not served: {quote(error)}")
-        notes += [f"runs as: {row['runs_as']}"] if row["runs_as"] else []
-        lines.append(fill(f"{name_variant(row['label'])}: {'; '.join(notes)}", "- "))
+                notes.append(f"its KLD disagrees, worth {kld:.1f} %: read completions")
+        notes = "; ".join(filter(None, notes))
+        lines.append(fill(f"{name_variant(row['label'])}: {notes}", "- "))
     return "\n".join(lines)
 
 # %% [markdown]
@@ -1317,16 +1277,14 @@ def render_notes(results: dict) -> str:
 4.5 bits; the smaller the group, the closer its scale fits.
 
 *Experts*: llmcompressor takes the experts of a layer apart into Linears. transformers
-stacks them again when it loads, unpacks them to 16 bits on the way, and leaves out the
-rounding of their activations: `runs_as` says how many weights stayed packed. Of W8A8 it
-finds no weights, of Mixtral or Granite no names: such a row fails when it is loaded.
+unpacks them to 16 bits when it loads, and leaves out the rounding of their activations,
+or does not know their names: such a row fails, as its figures would be others.
 
 *Smoothing*: llmcompressor names the norms to smooth, and the Linears that read them, by
 the model's class. For some classes that changes the model: another norm feeds these
-Linears, or a router reads the norm, too. Here one sample runs through the model, and a
-norm is smoothed if all that reads its output are Linears that get quantized: what it is
-divided by, they are multiplied by. Tests prove on thirty architectures that smoothing
-alone changes nothing (in float32, a KLD below 1e-6; a wrong pair has over 1e-2)."""
+Linears, or something else reads the norm, too. Here only layers built like Llama's or
+Gemma's are smoothed, and norms that are proportional to their weight: what they are
+divided by, their Linears are multiplied by. Tests hold many architectures to that."""
 
 # %%
 def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
@@ -1345,50 +1303,34 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
                 raise ValueError(f"no group of {sizes} divides {widths}: take FP8")
             row["group_size"] = weights.group_size = fits[0]
             modifier.config_groups, modifier.scheme = groups, None
-            if odd := [width for width in widths if width % 128]:
-                row["notes"] += [f"groups of {fits[0]}: 128 does not divide {odd[0]}"]
+            row["notes"] += [f"groups of {fits[0]}"] if fits[0] < 128 else []
 
-# %%
-class Reading(torch.overrides.TorchFunctionMode):
-    """Run a model; note who reads what modules with a weight [n] put out."""
-    def __init__(self, model, ids: Tensor):
-        super().__init__()
-        self.outputs, self.readers = {}, {}  # By id; readers: ids of Linears' weights.
-        hook = torch.nn.modules.module.register_module_forward_hook(self.note_output)
-        with torch.no_grad(), self, hook:
-            model(input_ids=ids, use_cache=False)
-    def note_output(self, module, inputs, output) -> None:
-        if getattr(module, "weight", None) is not None and module.weight.dim() == 1:
-            self.outputs[id(output)] = module, inputs, output
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in tree_leaves([args, kwargs]) if isinstance(result, Tensor) else ():
-            if id(x) in self.outputs and result is not x:
-                weight = id(args[1]) if function is F.linear else None
-                self.readers.setdefault(id(x), set()).add(weight)
-        return result
+def find_pairs(model):
+    """Yield names of Linears, and of the norm they read in layers like Llama's."""
+    for name, layer in model.named_modules():
+        parts, inner = dict(layer.named_children()), dict(layer.named_modules())
+        second = "pre_feedforward_layernorm"  # Gemma 2 and 3 have norms after, too.
+        second = second if second in parts else "post_attention_layernorm"
+        readers = {second: ["mlp.gate_proj", "mlp.up_proj"], "input_layernorm": [
+            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
+        known = {"self_attn", "mlp", *(part for part in parts if "norm" in part)}
+        if not readers.keys() <= parts.keys() <= known:
+            continue  # One norm for both, norms that come after, or another reader.
+        for key, linears in readers.items():
+            zeros = {part: 0 * x for part, x in parts[key].named_parameters()}
+            if zeros and all(type(inner.get(x)) is torch.nn.Linear for x in linears):
+                x = torch.arange(len(zeros["weight"]), dtype=zeros["weight"].dtype)
+                if not torch.func.functional_call(parts[key], zeros, x[None]).any():
+                    yield [[f"{name}.{x}" for x in linears], f"{name}.{key}"]
 
-def fit_smoothing(recipe: list, model, ids: Tensor, row: dict) -> None:
-    """Let SmoothQuant smooth each norm whose output Linears, and nothing else, read."""
+def fit_smoothing(recipe: list, model, row: dict) -> None:
+    """Let SmoothQuant smooth what nothing but Linears that get quantized reads."""
     from llmcompressor.modeling.offset_norm import norm_calibration_context
-    pairs, smoothers = [], [m for m in recipe if hasattr(m, "smoothing_strength")]
-    if not smoothers or smoothers[0].mappings is not None:
-        return
-    names = {module: name for name, module in model.named_modules()}
-    linears = {id(module.weight): name for module, name in names.items()
-               if isinstance(module, torch.nn.Linear)
-               and module is not model.get_output_embeddings()}
-    with norm_calibration_context(model):  # Turns known 1 + weight into weight.
-        reading = Reading(model, ids)
-        for norm, inputs, output in reading.outputs.values():
-            readers = {linears.get(x) for x in reading.readers.get(id(output), [None])}
-            zeros = {name: 0 * x for name, x in norm.named_parameters()}
-            # Not all are proportional to their weight: some multiply by 1 + weight.
-            if None not in readers and not torch.func.functional_call(
-                    norm, zeros, inputs).any():
-                pairs.append([sorted(readers), names[norm]])
-    smoothers[0].mappings, row["smoothing"] = pairs, dict(pairs=len(pairs))
-    row["notes"] += [] if pairs else ["no norm could be smoothed"]
+    for smoother in [m for m in recipe if hasattr(m, "smoothing_strength")]:
+        with norm_calibration_context(model):  # Turns known 1 + weight into weight.
+            smoother.mappings = smoother.mappings or list(find_pairs(model))
+        row["smoothing"] = dict(pairs=len(smoother.mappings))
+        row["notes"] += [] if smoother.mappings else ["no norm could be smoothed"]
 
 # %% [markdown]
 """## Packed Linears
@@ -1398,12 +1340,13 @@ simulates the rounding of activations (`--execution emulated`). Here a Linear st
 packed. By format, GPU and number of tokens it takes a route, which `runs_as` names:
 
 - **In registers**, for one token: a Triton kernel unpacks weights on the way into the
-  product. Float16 goes through it, too, on a T4 up to eight tokens of INT4.
+  product. Float16 goes through it, too: cuBLAS takes 33 % longer for a step (H200).
 - **Tensor cores**, for several tokens: 8-bit times 8-bit (INT8 from SM 7.5, FP8 from SM
   8.9), or 16 bits times INT4 that is unpacked on the way (SM 8.0, groups from 64 on, up
-  to 128 tokens, and for one, too, if weights are large).
-- **Dequantized** otherwise: a 16-bit copy, one layer at a time. Activations are rounded
-  per token as compressed-tensors does it: on a CPU the logits equal the emulated ones.
+  to 128 tokens, and one).
+- **Dequantized** otherwise: a 16-bit copy, one layer at a time; so INT4 on a T4. FP8
+  below SM 8.9 does not compile: no speed. Activations are rounded per token as
+  compressed-tensors does it: on a CPU the logits equal the emulated ones.
 
 A model with any other format (static or no rounding of activations, scales by blocks
 or of whole tensors, zero points) is emulated: quality is right, memory and speed not.
@@ -1412,19 +1355,15 @@ A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8
 four INT4 to an int16. Its scale is [outputs, groups], one group unless INT4. A word of
 a checkpoint's INT4 holds eight neighbours, the first in its lowest bits; here the n
 int16 of a group hold inputs 0 to n - 1 in their lowest bits, then the next n, so that
-neighbours in memory meet neighbouring inputs. (A server joins q, k and v, and gate and
-up, into one product: another 6 to 22 % of a step, for some twenty-five lines.)"""
+neighbours in memory meet neighbouring inputs."""
 
 # %%
 def place_model(folder: Path, options: Options, device: torch.device):
     """Return a causal LM on the device; `unpacked` lists what of it is not packed."""
     from accelerate.utils import release_memory
     from transformers import AutoModelForCausalLM
-    from transformers.integrations import sdpa_attention
     release_memory()  # Of models in reference cycles.
     sm = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
-    if (0, 0) < sm < (8, 0):  # Its fast kernel takes no shared heads: they are copied.
-        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=options.dtype, output_loading_info=True, use_safetensors=True)
     model.eval().to(device)
@@ -1439,15 +1378,9 @@ def place_model(folder: Path, options: Options, device: torch.device):
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
     if quantized and not model.packs:
         model.hf_quantizer.compressor.decompress_model(model)
-        for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
-            linear.forward = partial(forward_rows, linear.forward)
     if model.packs:
         pack_model(model, sm)
     return model
-
-def forward_rows(forward, x: Tensor) -> Tensor:
-    # Of two dimensions, compressed-tensors 0.19 would scale all tokens alike.
-    return forward(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 def round_activations(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x over its scale, in 8 bits, and the scale [..., 1], one per token."""
@@ -1467,10 +1400,11 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
         weight = weight.view(torch.float8_e4m3fn)
     return weight.to(scale.dtype) * scale
 
+Route = Enum("Route", dict(DENSE="16-bit", DEQUANTIZED="dequantized",
+                           REGISTERS="in registers", TENSOR_CORES="tensor cores"))
+TENSOR_CORES_FROM = dict(int4=(8, 0), int8=(7, 5), fp8=(8, 9), dense=(99, 0))  # SM
+
 # %%
-Route = Enum("Route", dict(
-    DENSE="{1}", DEQUANTIZED="dequantized to {1}", REGISTERS="{0} in registers",
-    TENSOR_CORES="{0} tensor cores"))
 class PackedLinear(torch.nn.Module):
     """Multiply by packed weights: int4, int8, fp8 or dense; sm (0, 0) is a CPU."""
     def __init__(self, kind: str, weight, scale, bias, sm: tuple[int, int]):
@@ -1480,16 +1414,17 @@ class PackedLinear(torch.nn.Module):
             is_new = x is not None and not isinstance(x, torch.nn.Parameter)
             setattr(self, name, torch.nn.Parameter(x, False) if is_new else x)
         self.requires_grad_(False)
-        self.fits = triton and any(sm) and weight.shape[1] % 16 == 0 and (
-            kind != "int4" or scale.dtype.itemsize == 2)
+        self.fits = bool(triton) and any(sm) and weight.shape[1] % 16 == 0 and (
+            kind != "int4" or scale.dtype.itemsize == 2
+            and weight.shape[1] // scale.shape[1] in (16, 32, 64))
     def choose_route(self, tokens: int) -> Route:
-        cores = dict(int8=(7, 5), fp8=(8, 9)).get(self.kind)  # SM
-        if not self.fits or (self.kind == "fp8" and self.sm < cores):
-            return Route.DENSE if self.kind == "dense" else Route.DEQUANTIZED
-        if tokens == 1:
-            return Route.REGISTERS
-        if cores and self.sm >= cores and len(self.weight) % 16 == 0:
+        has_cores = self.sm >= TENSOR_CORES_FROM[self.kind]
+        in_tiles = tokens <= 128 if self.kind == "int4" else tokens > 1
+        if self.fits and has_cores and in_tiles and len(self.weight) % 16 == 0:
             return Route.TENSOR_CORES
+        has_row = self.kind in ("dense", "int8") or (self.kind == "fp8" and has_cores)
+        if self.fits and tokens == 1 and has_row:  # Else Triton does not know FP8.
+            return Route.REGISTERS
         return Route.DENSE if self.kind == "dense" else Route.DEQUANTIZED
     def forward(self, x: Tensor) -> Tensor:
         shape, dtype, kind, x_scale = x.shape, x.dtype, self.kind, None
@@ -1503,24 +1438,27 @@ class PackedLinear(torch.nn.Module):
                 kind, self.weight, self.scale).to(dtype)
             return F.linear(x, weight, self.bias).view(*shape[:-1], len(self.weight))
         if route is Route.REGISTERS:
-            y = multiply_row(kind, x, self.weight, self.scale)
+            y = multiply_row(kind, x, self.weight)
         elif kind == "fp8":
             one, weight = torch.ones((), device=x.device), self.weight.view(x.dtype)
             y = torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.float32)
-        else:  # INT8; PyTorch wants more than 16 rows.
+        elif self.sm < (8, 0):  # PyTorch wants more than 16 rows.
             padded = F.pad(x, (0, 0, 0, max(0, 32 - len(x))))
             y = torch._int_mm(padded, self.weight.t())[: len(x)]
+        else:
+            y = multiply_tiles(kind, x, self.weight, self.scale).float()
+            y = y * 2**14 if kind == "int8" else y
         y = y if x_scale is None else y * x_scale.float()
         y = y if kind in ("dense", "int4") else y * self.scale.float().t()
         y = y if self.bias is None else y + self.bias.float()
         return y.to(dtype).view(*shape[:-1], len(self.weight))
 
-# %%
 FORMATS = dict(  # Of weights and of activations; what the kernels implement.
     int4=[("int", 4, "group", True, False), None],
     int8=[("int", 8, "channel", True, False), ("int", 8, "token", True, True)],
     fp8=[("float", 8, "channel", True, False), ("float", 8, "token", True, True)])
 
+# %%
 def find_kind(module: torch.nn.Module) -> str | None:
     """Return the kind of a module for PackedLinear, or None if its format has none."""
     scheme = getattr(module, "quantization_scheme", None)
@@ -1553,20 +1491,14 @@ def pack_model(model, sm: tuple[int, int]) -> None:
 # %% [markdown]
 """## Kernels
 
-For one token (of INT4 for a few) `row_kernel` multiplies a row by any format. INT4 has
-a trick: read as float32, an integer n below 2^23 is the number n * 2^-149. So four bits
-need only a mask: what their place adds, 16^i, is taken off the input beforehand, and a
-factor of 2^100 keeps products normal. The 8 that is added to each stored weight is
-subtracted once, as 8 times the sum of inputs. FP8 below SM 8.9 is converted by moving
-bit fields, as in `dequantize`. For INT8, `dp4a` makes four products and their sum in
-one instruction.
-
-For several tokens, `tile_kernel` multiplies a tile of weights by one of inputs, while
-the next are being read. INT4 is put behind the bits of 1024 (of 128 in bfloat16), where
-a float's last bit counts 1. Where outputs are too few to occupy a GPU, programs share a
-row's inputs, and their sums are added later. Sums of 8-bit products can be too large
-for 16 bits: they go there divided by 2^14 (INT8) or 2^20 (FP8, `guard`), and back in
-float32, where scales and bias follow. Tiles are the fastest tried on an H200.
+For one token `row_kernel` multiplies a row by 16-bit, FP8 or INT8 weights; `dp4a` makes
+four products of INT8 and their sum in one instruction. For several tokens,
+`tile_kernel` multiplies a tile of weights by one of inputs, while the next are being
+read. INT4 is put behind the bits of 1024 (of 128 in bfloat16), where a float's last bit
+counts 1. Where outputs are too few to occupy a GPU, programs share a row's inputs, and
+their sums are added later. Sums of INT8 products can be too large for 16 bits: they are
+stored divided by 2^14. `torch._scaled_mm` of FP8 returns float32, where scales and bias
+follow. Tiles are the fastest tried on an H200.
 
 Attention of one row is written out and left to the compiler (two kernels of our own
 were 3 to 8 % of a step faster); for several sequences, the heads that share a key are
@@ -1577,60 +1509,91 @@ would be a constant, and dynamo's limit of recompilations soon reached."""
 
 # %%
 @jit
-def row_kernel(x, weight, scale, y, outputs, width, GROUP: tl.constexpr,
-               KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def row_kernel(x, weight, y, outputs, width, KIND: tl.constexpr, ROWS: tl.constexpr,
+               BLOCK: tl.constexpr):
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), outputs - 1)
     line, column = weight + row[:, None] * width, tl.arange(0, BLOCK)[None, :]
-    half: tl.constexpr = x.dtype.element_ty if scale is None else scale.dtype.element_ty
     total = tl.zeros([ROWS, BLOCK], tl.int32 if KIND == "int8" else tl.float32)
     for begin in range(0, width, BLOCK):
         at = begin + column
-        inside = at < width
-        w = tl.load(line + at, mask=inside, other=0)
-        if KIND == "int4":
-            part = tl.zeros([ROWS, BLOCK], tl.float32)
-            eights = tl.zeros([1, BLOCK], tl.float32)
-            for i in tl.static_range(4):
-                pair = tl.load(x + at // GROUP * (3 * GROUP) + at + i * GROUP,
-                               mask=inside, other=0)
-                for end in tl.static_range(0, 32, 16):
-                    value = (pair >> end).to(tl.int16).to(half, bitcast=True)
-                    value, bits = value.to(tl.float32), w >> end & 15 << 4 * i
-                    part += bits.to(tl.float32, bitcast=True) * (
-                        value * 2.0 ** (100 - 4 * i))
-                    eights += value * (8 * 2.0**-49)
-            group = scale + row[:, None] * (width // GROUP) + at // GROUP
-            total += (part - eights) * tl.load(group, mask=inside, other=0.0)
-        elif KIND == "int8":
-            value = tl.load(x + at, mask=inside, other=0)
+        w = tl.load(line + at, mask=at < width, other=0)
+        if KIND == "int8":
+            value = tl.load(x + at, mask=at < width, other=0)
             total = tl.inline_asm_elementwise(
                 "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, value, total],
                 dtype=tl.int32, is_pure=True, pack=1)
         else:
-            value = tl.load(x + at, mask=inside, other=0.0)
+            value = tl.load(x + at, mask=at < width, other=0.0)
             if KIND == "fp8":
                 w = w.to(tl.float8e4nv, bitcast=True).to(tl.float16)
             total += w.to(tl.float32) * value.to(tl.float32)
-    result = tl.sum(total, 1).to(tl.float32) * (2.0**49 if KIND == "int4" else 1.0)
-    tl.store(y + row, result)
+    tl.store(y + row, tl.sum(total, 1).to(tl.float32))
+
+@jit
+def tile_kernel(x, weight, scale, y, tokens, outputs, width, span, KIND: tl.constexpr,
+                TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    line, first = row % outputs, tl.program_id(2) * span
+    half: tl.constexpr = x.dtype.element_ty
+    base: tl.constexpr = 0x43004300 if half == tl.bfloat16 else 0x64006400
+    eight: tl.constexpr = 136.0 if half == tl.bfloat16 else 1032.0
+    x += token % tokens * (width * (4 if KIND == "int4" else 1))
+    total = tl.zeros([ROWS, TOKENS], tl.int32 if KIND == "int8" else tl.float32)
+    for begin in range(first, tl.minimum(first + span, width), BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        at, to = column[None, :], column[:, None]
+        w = tl.load(weight + line * width + at, mask=at < width, other=0)
+        if KIND == "int8":
+            value = tl.load(x + to, mask=to < width, other=0)
+            total = tl.dot(w, value, total, out_dtype=tl.int32)
+        else:
+            part = tl.zeros([ROWS, TOKENS], tl.float32)
+            for i in tl.static_range(4):
+                bits = tl.inline_asm_elementwise(
+                    "{.reg .b32 t; shr.b32 t, $1, $2;"
+                    " lop3.b32 $0, t, 0xf000f, $4, 0xea;}", "=r,r,r,r,r,r",
+                    [w, 4 * i, base], dtype=tl.int16, is_pure=True, pack=2)
+                value = tl.load(x + 3 * begin + to + i * BLOCK)
+                part = tl.dot(bits.to(half, bitcast=True) - eight, value, part)
+            total += part * tl.load(scale + line * (width // BLOCK) + begin // BLOCK)
+    if KIND == "int8":  # Else it were too large for 16 bits.
+        total = total.to(tl.float32) * 2.0**-14
+    tl.store(y + (tl.program_id(2) * tokens + token) * outputs + row, total,
+             mask=(row < outputs) & (token < tokens))
 
 TILES = dict(  # Of a row: rows, columns, warps, for up to 2,048 inputs and for more.
-    dense=((2, 1024, 4), (2, 2048, 8)), int4=((2, 128, 1), (2, 1024, 8)),
-    int8=((2, 256, 1), (4, 512, 4)), fp8=((2, 1024, 2), (1, 2048, 4)))
-
-def multiply_row(kind: str, x: Tensor, weight: Tensor, scale) -> Tensor:
-    """Return x [1, in] times a weight in float32 [1, out]."""
-    y = x.new_empty(1, len(weight), dtype=torch.float32)
-    group = weight.shape[1] // scale.shape[1] // 2 if kind == "int4" else 0
-    is_wide = x.shape[1] > 2048 and (kind != "fp8" or len(weight) < 2048)
-    rows, block, warps = TILES[kind][1 if is_wide else 0]
-    if kind in ("int4", "int8"):  # Words of four bytes.
-        x, weight = x.view(torch.int32), weight.view(torch.int32)
-    row_kernel[triton.cdiv(len(weight), rows),](
-        x, weight, scale, y, *weight.shape, group, kind, rows, block, num_warps=warps)
-    return y
+    dense=((2, 1024, 4), (2, 2048, 8)), int8=((2, 256, 1), (4, 512, 4)),
+    fp8=((2, 1024, 2), (1, 2048, 4)))
 
 # %%
+def multiply_row(kind: str, x: Tensor, weight: Tensor) -> Tensor:
+    y = x.new_empty(1, len(weight), dtype=torch.float32)
+    is_wide = x.shape[1] > 2048 and (kind != "fp8" or len(weight) < 2048)
+    rows, block, warps = TILES[kind][1 if is_wide else 0]
+    if kind == "int8":  # Words of four bytes.
+        x, weight = x.view(torch.int32), weight.view(torch.int32)
+    row_kernel[triton.cdiv(len(weight), rows),](
+        x, weight, y, *weight.shape, kind, rows, block, num_warps=warps)
+    return y
+
+def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """Return x [n, in] times a weight [n, out]; of INT8 a 2^14th of that."""
+    tokens, (outputs, width) = len(x), weight.shape
+    n = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    n = 128 if kind == "int8" and tokens * outputs > 2**21 else n
+    rows = 64 if n == 16 or outputs < 2048 else 128
+    block = width // scale.shape[1] if kind == "int4" else 128
+    programs = triton.cdiv(tokens, n), triton.cdiv(outputs, rows)
+    parts = max(1, min(8, width // (4 * block), 2**14 // n // math.prod(programs)))
+    span = triton.cdiv(width, parts * block) * block
+    dtype = scale.dtype if parts == 1 else torch.float32
+    y = x.new_empty(parts, tokens, outputs, dtype=dtype)
+    tile_kernel[*programs, parts](  # Those that share weights follow each other.
+        x, weight, scale, y, tokens, outputs, width, span, kind, n, rows, block,
+        num_stages=4 if n == 64 else 3)
+    return y[0] if parts == 1 else y.sum(0)
+
 def attend(module, query, key, value, attention_mask, scaling, **named):
     """Attend in transformers' interface; query, key, value [batch, heads, n, size]."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -1650,8 +1613,9 @@ def attend(module, query, key, value, attention_mask, scaling, **named):
         y = (weight[..., None] * value[:, :, None]).sum(3).to(query.dtype)
     return y.reshape(len(y), 1, query.shape[1], -1), None
 
-def compile_layers(model) -> None:
-    """Make all decoder layers one function, compiled once for each shape."""
+# %%
+def compile_layers(model, compiled: bool) -> None:
+    """Let layers attend as above, as one function, which is compiled once a shape."""
     from transformers import AttentionInterface
     AttentionInterface.register("quant_lab", attend)
     model.set_attn_implementation("quant_lab")
@@ -1659,11 +1623,11 @@ def compile_layers(model) -> None:
     eager = type(layers[0]).forward
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 99  # Shapes and kinds of layers.
-    compiled = torch.compile(eager, fullgraph=True, dynamic=False, options=dict(
+    fast = torch.compile(eager, fullgraph=True, dynamic=False, options=dict(
         combo_kernels=next(model.parameters()).is_cuda))  # Launches small ones as one.
     def run(layer, number, x, *inputs, past_key_values, **named):
         layer_cache = past_key_values.layers[number]
-        forward = compiled if layer_cache.is_initialized else eager
+        forward = fast if compiled and layer_cache.is_initialized else eager
         return forward(layer, x, *inputs, past_key_values=layer_cache, **named)
     for number, layer in enumerate(layers):
         layer.forward = partial(run, layer, number)
@@ -1702,7 +1666,6 @@ def usable(flag: str, value, advice: str):
         stop(f"{flag} {value}: {describe(error)}; {advice}")
 
 def read_json(file: Path) -> dict:
-    """Return a JSON file's content; {} where there is none or it cannot be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError):
         return dict(json.loads(file.read_text(encoding="utf-8")))
     return {}
@@ -1731,7 +1694,6 @@ def libraries_to(log: Path):
         yield
 
 def show_progress(what: str, items) -> tqdm:
-    """Show the time left from 10 s on: a bar on a terminal, else a line a minute."""
     seconds, end = (0.1, "") if OUTPUT.isatty() else (60, "\n")
     return tqdm(items, what, file=OUTPUT, leave=bool(end), mininterval=seconds,
                 delay=max(10, seconds), maxinterval=max(10, seconds),
@@ -1739,7 +1701,7 @@ def show_progress(what: str, items) -> tqdm:
 
 # %%
 @contextlib.contextmanager
-def llmcompressor_session(model, passes: int):
+def llmcompressor_session(model):
     """Yield the lines of llmcompressor's log, with its rough edges taken off."""
     from llmcompressor import create_session
     from loguru import logger
@@ -1748,20 +1710,14 @@ def llmcompressor_session(model, passes: int):
     except ValueError:  # It could not be saved; what ends a completion stays.
         ends = model.generation_config.eos_token_id
         model.generation_config = type(model.generation_config)(eos_token_id=ends)
-    layers, lines = getattr(model.config, "num_hidden_layers", 1), []
-    def follow(line: str):
-        print(line, end="")  # Goes to the log.
-        lines.append(line)
-        if layer := re.search(r"layers\.(\d+)\.", line):
-            bar.update((int(layer[1]) - bar.n) % layers)
-    logger.configure(handlers=[dict(sink=follow, level="INFO")])
+    lines = []
+    logger.configure(handlers=[dict(sink=lines.append, level="INFO"),
+                               dict(sink=sys.stdout, level="INFO")])
     # What was traced would stay in a table of torch.fx, and keep the model for ever.
-    with (create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch),
-          show_progress("calibrating", range(layers * passes)) as bar):
+    with create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch):
         yield lines
 
 def quote(text: str) -> str:
-    """Return foreign text for Markdown, as code if it holds anything special."""
     text = one_line(text).replace("`", "'")
     # What could begin a block stays behind the word before when lines are filled.
     text = re.sub(r" (?=[<#>~=+*_|-]|\d+[.)])", "\u00a0", text)
@@ -1773,8 +1729,7 @@ def fill(text: str, bullet: str = "") -> str:
 
 def render_card(results: dict) -> str:
     config, machine = results["config"], results["machine"]
-    # A folder of this machine says nothing to others: of paths, only the last part.
-    words = [re.sub(r"(^|=)[/~.].*/", r"\1", word) for word in results["command"]]
+    words = [re.sub(r"(^|=)[/~.].*/", r"\1", x) for x in results["command"]]  # No paths.
     versions = results["versions"] | dict(driver=machine["driver"])
     facts = dict(
         model=f"{results['model_name']}, {config['dtype']}, {config['execution']}",
@@ -1784,7 +1739,6 @@ def render_card(results: dict) -> str:
                 f"{machine['threads']} threads")
     return "\n".join(fill(one_line(x), f"    {name:10}") for name, x in facts.items())
 
-# %%
 def render_completions(rows: list[dict], number: int) -> str:
     lines = [f"**{PROMPTS[number]}**\n"]
     for row in [row for row in rows if row["divergence"]]:
@@ -1794,53 +1748,52 @@ def render_completions(rows: list[dict], number: int) -> str:
     return "\n".join(lines)
 
 def render_summary(results: dict) -> str:
-    rows = results["variants"]
     return "\n\n".join([
         f"# quant_lab: {quote(results['model_name'])}", render_card(results),
         f"Written {results['created']}.", "## Which to deploy", render_advice(results),
         "![Quality, size, speed and memory](summary.png)",
-        "## Figures", render_tables(results, rows), "## Notes", render_notes(results),
-        "## Greedy completions",
-        *(render_completions(rows, n) for n in range(len(PROMPTS)))]) + "\n"
+        "## Figures", render_tables(results, results["variants"]),
+        "## Notes", render_notes(results), "## Greedy completions",
+        *(render_completions(results["variants"], n) for n in range(8))]) + "\n"
 
+# %%
 def render_model_card(row: dict, results: dict) -> str:
-    """Return a checkpoint's README.md, whose head a hub reads."""
     from huggingface_hub import EvalResult, ModelCardData
     base, name = results["base_model"], results["model_name"]
-    text, is_base = results["config"]["eval_text"], row["label"] == BASELINE
-    measured = [EvalResult("text-generation", Path(text).name, text, metric, value) for
-                metric, value in (("perplexity", row["perplexity"]),
-                                  ("KL divergence, nats", row["kld"]["mean"]))]
+    title, is_base = f"{name}, {row['scheme']}", row["label"] == BASELINE
+    text = Path(results["config"]["eval_text"]).name
+    measured = [EvalResult(
+        "text-generation", text, text, "perplexity", row["perplexity"])]
     data = ModelCardData(
         base_model=base, license=results["license"], library_name="transformers",
-        model_name=f"{name}, {row['scheme']}", eval_results=measured,
+        model_name=title, eval_results=measured,
         base_model_relation="quantized" if base == name and not is_base else None,
         tags=None if is_base else ["compressed-tensors", "llmcompressor"])
     rows = [x for x in results["variants"] if x["label"] in (BASELINE, row["label"])]
-    return (f"---\n{data.to_yaml()}\n---\n\n# {quote(name)}, {row['scheme']}\n\n"
-            f"Licence: {quote(str(results['license'] or 'that of the original'))}. Intended "
-            f"for what the original is, where memory or speed is short: its perplexity is "
-            f"recovered to {100 / row['perplexity_ratio']['value']:.2f} %, of tasks nothing "
-            "is known. recipe.yaml, if any, says how it was quantized; `vllm serve .` serves "
-            f"it.\n\n{render_card(results)}\n\n{render_tables(results, rows)}\n")
+    licence = results["license"] or "that of the original"
+    recovery = 100 / row["perplexity_ratio"]["value"]
+    return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", fill(
+        f"Licence: {quote(str(licence))}. Intended for what the original is, where "
+        f"memory or speed is short. Recovery of perplexity: {recovery:.2f} %; of tasks "
+        "nothing is known. recipe.yaml, if any, says how it was quantized; `vllm serve "
+        ".` serves it."), render_card(results), render_tables(results, rows)]) + "\n"
 
 def list_panels(results: dict) -> list[tuple]:
-    """Return title, view of a row, and key of what is drawn; less of each is better."""
-    config, served = results["config"], [row["served"] for row in results["variants"]]
-    keys = {"one user": "latency_s"}
-    keys |= {f"batch {n}": f"itl_ms@{n}" for n in config["batch_sizes"][1:][-1:]}
-    lengths = {f"prompt {n:,}": f"ttft_s@{n}" for n in config["prompt_lengths"][-1:]}
-    panels = [("memory", dict, "weights_memory_bytes")]
-    if results["machine"]["device"] == "cuda":
-        panels += [(title, dict, key) for title, key in (keys | lengths).items()]
-    if any(served):
-        panels += [(f"{title}\nin a server", as_served, keys[title]) for title in keys]
-    return panels
+    config, is_gpu = results["config"], results["machine"]["device"] == "cuda"
+    keys = {f"batch {n}": f"itl_ms@{n}" for n in config["batch_sizes"][1:][-1:]}
+    keys = {"one user": "latency_s", **keys}
+    served = dict(keys) if any(row["served"] for row in results["variants"]) else {}
+    keys |= {f"prompt {n:,}": f"ttft_s@{n}" for n in config["prompt_lengths"][-1:]}
+    return [("memory", dict, COST[0][1]),
+            *((title, dict, key) for title, key in keys.items() if is_gpu),
+            *((f"{title}\nin a server", as_served, served[title]) for title in served)]
 
+# %%
 def draw_summary(results: dict):
     """Draw quality over size; below it memory and times of each variant by ratio."""
     from matplotlib.figure import Figure
-    rows, panels = results["variants"], list_panels(results)
+    rows, most = results["variants"], results["config"]["max_loss"]
+    panels = list_panels(results)
     base = next((row for row in rows if row["label"] == BASELINE), ROW)
     colors = {row["label"]: f"C{n}" for n, row in enumerate(rows)} | {BASELINE: "black"}
     figure = Figure(figsize=(9, 6 + 0.4 * len(rows)), layout="constrained")
@@ -1849,18 +1802,22 @@ def draw_summary(results: dict):
     for k, row in enumerate(sorted(done, key=lambda row: row["kld"]["mean"])):
         color, kld = colors[row["label"]], read_figure(row, "kld")
         point = row["weight_bytes"] / 1e6, kld.middle
-        qualifies = find_loss(row) <= results["config"]["max_loss"]
-        axes.errorbar(*point, None if kld.low is None else [
-            [kld.middle - kld.low], [kld.high - kld.middle]], color=color, fmt="o",
-            markersize=9, mfc=color if qualifies else "white")
+        axes.plot([point[0]] * 2, [kld.low, kld.high], color=color)
+        axes.plot(*point, "o", color=color, markersize=9,
+                  mfc=color if find_loss(row) <= most else "white")
         loss = 100 * (row["perplexity_ratio"]["value"] - 1)
-        axes.annotate(f"{name_variant(row['label'])} {loss:+.1f} %", point,
-                      (1.05, (k + 0.5) / len(done)), textcoords="axes fraction",
-                      color=color, va="center", arrowprops=dict(
-                          arrowstyle="-", color=color, linewidth=0.6))
+        text = f"{name_variant(row['label'])}\nperplexity {loss:+.1f} %"
+        axes.annotate(text, point, (1.05, (k + 0.5) / len(done)), color=color,
+                      textcoords="axes fraction", va="center",
+                      arrowprops=dict(arrowstyle="-", color=color, linewidth=0.6))
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.set(xlabel="MB on disk", ylabel="KLD to the original, nats")
-    grid, names = below.subplots(1, len(panels), sharey=True, squeeze=False)[0], []
+    names = []
+    for row in rows:
+        memory = f"{render_cell(row, COST[0])} MB" if row in done else "failed"
+        users = "" if row["kv_tokens"] is None else f", {render_cell(row, USERS)} users"
+        names.append(f"{name_variant(row['label'])}\n{memory}{users}")
+    grid = below.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, view, key) in zip(grid, panels):
         theirs = read_figure(view(base), key).middle
         for y, row in enumerate(map(view, rows)):
@@ -1872,26 +1829,22 @@ def draw_summary(results: dict):
             if ratio := relate(row, view(base), key):
                 axes.plot(ratio, y, "o", color=color)
         axes.axvline(1, color="black", linestyle=":", zorder=0)
-        axes.set_title(title, fontsize=11)
-    for row in rows:
-        memory, users = (render_cell(row, x) for x in (COST[0], USERS))
-        names.append(f"{name_variant(row['label'])}\n{memory} MB, {users} users")
+        axes.set(title=title, xmargin=0.15, ymargin=0.5 / len(rows))
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
     above.suptitle(textwrap.fill(choose_variant(results)[1], 66), fontsize=14)
-    facts = (f"Times {results['config']['dtype']}'s: left is less. Hollow: over --max-loss "
-             f"{results['config']['max_loss']:g} %. {one_line(results['model_name'])[-50:]}, "
-             f"perplexity {render_cell(base, QUALITY[2])}, {results['machine']['name']}, "
+    facts = ("Below: times the baseline's, left is less; a line without a dot: noise. "
+             f"Hollow: over {most:g} % more perplexity. {results['model_name'][-50:]} "
+             f"({results['inputs']['model_files'][:7]}), perplexity "
+             f"{render_cell(base, QUALITY[2])}; {results['machine']['name']}, "
              f"{results['created'][:10]}")
-    below.supxlabel(textwrap.fill(facts, 100), fontsize=9, parse_math=False)
+    below.supxlabel(textwrap.fill(one_line(facts), 105), fontsize=9, parse_math=False)
     return figure
 
 def collect_results(lab: SimpleNamespace) -> dict:
     rows = [lab.rows[label] for label in VARIANTS | lab.rows if label in lab.rows]
-    base = lab.rows.get(BASELINE, ROW)["weight_bytes"]
-    for row in rows:
-        row["size_ratio"] = row["weight_bytes"] and base and row["weight_bytes"] / base
-    results = dict(lab.head, created=time.strftime("%FT%TZ", time.gmtime()), variants=rows)
+    now_utc = time.strftime("%FT%TZ", time.gmtime())
+    results = dict(lab.head, created=now_utc, variants=rows)
     return results | dict(advice=advise(results))
 
 # %%
@@ -1921,7 +1874,6 @@ one line if it cannot be used."""
 
 # %%
 def set_up(words: list[str]) -> SimpleNamespace:
-    """Return what the runs share; head is all of results.json but its rows."""
     options = parse_options(words)
     lab = SimpleNamespace(options=options, samples={}, reference=None)
     lab.device = choose_device(options)
@@ -1932,10 +1884,10 @@ def set_up(words: list[str]) -> SimpleNamespace:
     lab.unscored = max(1, len(lab.begin))  # Tokens at the begin of a window.
     if any(VARIANTS[label].calibrated for label in options.variants):
         lab.samples = load_calibration(options, lab.tokenizer, lab.context)
-    machine = torch.cuda.get_device_name() if lab.device.type == "cuda" else "cpu"
-    slug = f"{Path(options.model).resolve().name}-{machine}"
-    output = options.output_dir or "results/" + re.sub(r"[^A-Za-z0-9._]+", "-", slug)
     lab.head = describe_run(lab, words)
+    device = lab.head["machine"]["name"] if lab.device.type == "cuda" else "cpu"
+    slug = re.sub(r"[^\w.]+", "-", f"{Path(options.model).resolve().name}-{device}")
+    output = options.output_dir or f"results/{slug}"
     with usable("--output-dir", output, "name another that can be written to"):
         lab.output = Path(output).expanduser()
         lab.output.mkdir(parents=True, exist_ok=True)
@@ -2029,7 +1981,7 @@ if __name__ == "__main__":
 """## Summary
 
 Read the intervals before the order: what two variants share cannot be ranked. And tasks
-of yours may mind what running text does not."""
+of yours may mind what running text does not. Another `--max-loss` needs no new run."""
 
 # %%
 if __name__ == "__main__":
@@ -2038,9 +1990,11 @@ if __name__ == "__main__":
     if IN_NOTEBOOK:
         from IPython.display import Image, display
         display(Image(LAB.output / "summary.png"))
+        for number in range(1, 8):
+            show(render_completions(RESULTS["variants"], number))
     if LAB.device.type == "cuda" and not LAB.engine:
-        words = shlex.join(word for word in RESULTS["command"] if word != "--fresh")
-        show("In a server, too:\n\n    python -m venv serve\n    serve/bin/pip install"
-             f" vllm\n    {words} --vllm serve/bin/python")
+        show("In a server, too: `pip install vllm` elsewhere, `--vllm` and its python.")
+    show(render_notes(RESULTS))
+    show("## Which to deploy\n\n" + render_advice(RESULTS, LAB.output / "checkpoints"))
     if not IN_NOTEBOOK and any(row["error"] for row in RESULTS["variants"]):
         sys.exit(1)
