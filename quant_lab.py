@@ -1246,7 +1246,8 @@ def render_advice(results: dict, folder="checkpoints") -> str:
         labels = [label for label in (one["variant"], *one["ties"]) if label]
         names = " or ".join(map(name_variant, labels)) or "unknown"
         lines.append(fill(f"{one['goal']}: **{names}**, {one['why']}", "- "))
-    return "\n\n".join(["\n".join(lines), fill(f"**{sentence}.**"),
+    verb = "" if pick == BASELINE else "Deploy "
+    return "\n\n".join(["\n".join(lines), fill(f"**{verb}{sentence}.**"),
                         f"    vllm serve {folder}/{pick}"])
 
 def render_notes(results: dict) -> str:
@@ -1729,7 +1730,7 @@ def fill(text: str, bullet: str = "") -> str:
 
 def render_card(results: dict) -> str:
     config, machine = results["config"], results["machine"]
-    words = [re.sub(r"(^|=)[/~.].*/", r"\1", x) for x in results["command"]]  # No paths.
+    words = [re.sub(r"(^|=)[/~.].*/", r"\1", x) for x in results["command"]]
     versions = results["versions"] | dict(driver=machine["driver"])
     facts = dict(
         model=f"{results['model_name']}, {config['dtype']}, {config['execution']}",

@@ -22,7 +22,7 @@ TINY = ROOT / "tests" / "tiny-qwen2"
 SHARED = ROOT.parent / "shared" / "data"
 LABELS = ["00_fp16_baseline", "01_fp8_dynamic", "02_gptq_w4a16", "03_smoothquant_w8a8"]
 CONTROL = "rtn_w4a16"
-COMMITTED = ["demo-cpu", "h100-0.5b", "h100-7b", "h200-smollm2-135m", "h200-smollm2-135m/seed-7"]
+COMMITTED = ["demo-cpu", "h100-0.5b", "h200-7b", "h200-smollm2-135m", "h200-smollm2-135m/seed-7"]
 # Fixtures that wait for what runs beside the tests, one after the other.
 LATE = {"demo", "from_hub", "killed", "notebook"}
 # A process, forked before the first test, as tests change environment, limits and functions.
