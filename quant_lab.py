@@ -236,7 +236,6 @@ def parse_options(words: list[str]) -> Options:
     return Options(**vars(given))
 
 def choose_device(options: Options) -> torch.device:
-    """Return the device; without a usable one, exit with 2."""
     has_gpu, prefers_gpu = torch.cuda.is_available(), options.device == "auto"
     if options.device == "cpu" or (options.demo and prefers_gpu and not has_gpu):
         return torch.device("cpu")
@@ -919,7 +918,6 @@ def name_model(lab: SimpleNamespace) -> dict:
                 base_model=base, license=card.get("license"))
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
-    """Return the head of results.json: all that shapes a figure."""
     chats, prompts = lab.options.calibration_data, [x.tolist() for x in lab.prompts]
     inputs = dict(model_files=fingerprint(hash_files(lab.model_folder)),
                   eval_tokens=fingerprint(lab.windows.tolist()),
@@ -1441,8 +1439,9 @@ class PackedLinear(torch.nn.Module):
         if route is Route.REGISTERS:
             y = multiply_row(kind, x, self.weight)
         elif kind == "fp8":
-            one, weight = torch.ones((), device=x.device), self.weight.view(x.dtype)
-            y = torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.float32)
+            guard = x_scale.new_full((), 2.0**-10, dtype=torch.float32)
+            y = torch._scaled_mm(x, self.weight.view(x.dtype).t(), guard, guard,
+                                 out_dtype=dtype).float() * 2**20
         elif self.sm < (8, 0):  # PyTorch wants more than 16 rows.
             padded = F.pad(x, (0, 0, 0, max(0, 32 - len(x))))
             y = torch._int_mm(padded, self.weight.t())[: len(x)]
@@ -1497,9 +1496,9 @@ four products of INT8 and their sum in one instruction. For several tokens,
 `tile_kernel` multiplies a tile of weights by one of inputs, while the next are being
 read. INT4 is put behind the bits of 1024 (of 128 in bfloat16), where a float's last bit
 counts 1. Where outputs are too few to occupy a GPU, programs share a row's inputs, and
-their sums are added later. Sums of INT8 products can be too large for 16 bits: they are
-stored divided by 2^14. `torch._scaled_mm` of FP8 returns float32, where scales and bias
-follow. Tiles are the fastest tried on an H200.
+their sums are added later. Sums of 8-bit products can be too large for 16 bits: they go
+there divided by 2^14 (INT8) or 2^20 (FP8, `guard`), and back in float32, where scales
+and bias follow. Tiles are the fastest tried on an H200.
 
 Attention of one row is written out and left to the compiler (two kernels of our own
 were 3 to 8 % of a step faster); for several sequences, the heads that share a key are

@@ -33,26 +33,26 @@ def render_seeds(*runs: dict) -> str:
 def render_readme(text: str) -> str:
     """Return the text with what stands between its markers rendered anew.
 
-    <!-- tables FOLDER --> ... <!-- end --> holds the tables, <!-- speed FOLDER --> those but
-    quality, <!-- seeds FOLDER --> quality beside that of its folder seed-7, <!-- picture
-    FOLDER --> the picture of that folder of results/.
+    <!-- tables FOLDER 1 2 --> ... <!-- end --> holds these parts of the tables of that folder
+    of results/ (0 is the caption), <!-- advice FOLDER --> which to deploy, <!-- seeds FOLDER -->
+    quality beside that of its folder seed-7, <!-- picture FOLDER --> the picture.
     """
     def fill(found: re.Match) -> str:
-        what, name = found[1], found[2]
+        what, name, *numbers = found[1].split()
         results = read_results(name)
         if what == "picture":
-            block = (f"![{'; '.join(quant_lab.list_best(results['variants']))}]"
-                     f"(results/{name}/summary.png)")
+            block = f"![{quant_lab.choose_variant(results)[1]}](results/{name}/summary.png)"
         elif what == "seeds":
             block = render_seeds(results, read_results(f"{name}/seed-7"))
+        elif what == "advice":
+            block = quant_lab.render_advice(results, f"results/{name}/checkpoints")
         else:
-            block = quant_lab.render_tables(results, results["variants"])
-        if what == "speed":  # Protocol and quality come first.
-            block = block.split("\n\n", 2)[2]
-        return f"<!-- {what} {name} -->\n\n{block}\n\n<!-- end -->"
+            parts = quant_lab.render_tables(results, results["variants"]).split("\n\n")
+            block = "\n\n".join(parts[int(number)] for number in numbers)
+        return f"<!-- {found[1]} -->\n\n{block}\n\n<!-- end -->"
 
-    blocks = r"<!-- (tables|speed|seeds|picture) (\S+) -->.*?<!-- end -->"
-    return re.sub(blocks, fill, text, flags=re.S)
+    return re.sub(r"<!-- ((?:tables|advice|seeds|picture) .+?) -->.*?<!-- end -->", fill, text,
+                  flags=re.S)
 
 
 if __name__ == "__main__":
