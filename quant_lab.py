@@ -1244,8 +1244,7 @@ def render_advice(results: dict, folder="checkpoints") -> str:
         labels = [label for label in (one["variant"], *one["ties"]) if label]
         names = " or ".join(map(name_variant, labels)) or "unknown"
         lines.append(fill(f"{one['goal']}: **{names}**, {one['why']}", "- "))
-    verb = "" if pick == BASELINE else "Deploy "
-    return "\n\n".join(["\n".join(lines), fill(f"**{verb}{sentence}.**"),
+    return "\n\n".join(["\n".join(lines), fill(f"**{sentence}.**"),
                         f"    vllm serve {folder}/{pick}"])
 
 def render_notes(results: dict) -> str:
@@ -1823,7 +1822,8 @@ def draw_summary(results: dict):
         for y, row in enumerate(map(view, rows)):
             mine, color = read_figure(row, key), colors[row["label"]]
             if mine.word or not theirs:
-                axes.text(1, y, mine.word or "–", color=color, va="center", ha="center")
+                axes.text(0.5, y, mine.word or "–", color=color, va="center", ha="center",
+                          transform=axes.get_yaxis_transform())
                 continue
             axes.plot([mine.low / theirs, mine.high / theirs], [y, y], color=color)
             if ratio := relate(row, view(base), key):
