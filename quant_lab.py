@@ -1357,7 +1357,7 @@ neighbours in memory meet neighbouring inputs."""
 
 # %%
 def place_model(folder: Path, options: Options, device: torch.device):
-    """Return a causal LM on the device; `unpacked` lists what of it is not packed."""
+    """Return a causal LM on the device; `packs` tells if its Linears stay packed."""
     from accelerate.utils import release_memory
     from transformers import AutoModelForCausalLM
     release_memory()  # Of models in reference cycles.
@@ -1822,8 +1822,8 @@ def draw_summary(results: dict):
         for y, row in enumerate(map(view, rows)):
             mine, color = read_figure(row, key), colors[row["label"]]
             if mine.word or not theirs:
-                axes.text(0.5, y, mine.word or "–", color=color, va="center", ha="center",
-                          transform=axes.get_yaxis_transform())
+                axes.text(0.5, y, mine.word or "–", color=color, va="center",
+                          ha="center", transform=axes.get_yaxis_transform())
                 continue
             axes.plot([mine.low / theirs, mine.high / theirs], [y, y], color=color)
             if ratio := relate(row, view(base), key):

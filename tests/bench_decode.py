@@ -65,7 +65,7 @@ def random_model(shape: str, kind: str, device):
 @torch.no_grad()
 def tune(kind: str, model, prompts, seconds: float) -> None:
     """Print the fastest shapes of row_kernel, the nearest to the present tried first."""
-    quant_lab.compile_layers(model)
+    quant_lab.compile_layers(model, True)
     tiles = list(quant_lab.TILES[kind])
 
     def milliseconds() -> float:
@@ -102,6 +102,8 @@ def bench(kind: str, args: argparse.Namespace) -> None:
                                 batch_sizes=tuple(args.batch_sizes), prompt_lengths=())
     model = random_model(args.shape, kind, device)
     prompts = torch.randint(1000, 2000, (max(args.batch_sizes), args.prompt), device=device)
+    if args.tune and kind not in quant_lab.TILES:
+        return print(f"{kind:6} has no row_kernel: multiply_tiles chooses its tiles")
     if args.tune:
         with patch.dict(quant_lab.TILES):  # Other formats keep theirs.
             return tune(kind, model, prompts, args.tune)

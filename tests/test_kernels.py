@@ -6,6 +6,7 @@ compiles what a T4 (SM 7.5), an A100 (8.0), an L4 (8.9) or an H100 (9.0) would r
 
 import builtins
 import dis
+import math
 import subprocess
 import sys
 from functools import partial
@@ -19,8 +20,9 @@ import quant_lab
 triton = pytest.importorskip("triton")
 
 ROW = dict(outputs="i32", width="i32", y="*fp32")
+TILE = dict(ROW, tokens="i32", span="i32")
 WORDS = dict(x="*i32", weight="*i32")
-BYTES = dict(weight="*i8")
+CODES = dict(x="*fp8e4nv", weight="*i8")
 
 
 def compile_kernel(kernel, sm, types, options=None, **constants):
@@ -39,18 +41,18 @@ def compile_kernel(kernel, sm, types, options=None, **constants):
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
 
 
-@pytest.mark.parametrize("sm, kind, half, types", [
-    (75, "int4", "fp16", WORDS),
-    (75, "int8", "fp16", WORDS),
-    (75, "dense", "fp16", dict(weight="*fp16", x="*fp16")),
-    (80, "int4", "bf16", WORDS),
-    (80, "dense", "bf16", dict(weight="*bf16", x="*bf16")),
-    (89, "fp8", "fp16", dict(BYTES, x="*fp8e4nv")),
-    (90, "fp8", "bf16", dict(BYTES, x="*fp8e4nv")),
+@pytest.mark.parametrize("sm, kind, types", [
+    (75, "int8", WORDS),
+    (75, "dense", dict(weight="*fp16", x="*fp16")),
+    (80, "int8", WORDS),
+    (80, "dense", dict(weight="*bf16", x="*bf16")),
+    (89, "fp8", CODES),
+    (90, "fp8", CODES),
 ])
-def test_a_row_compiles(sm, kind, half, types):
-    types = ROW | types | (dict(scale=f"*{half}") if kind != "dense" else {})
-    compile_kernel(quant_lab.row_kernel, sm, types, GROUP=16, KIND=kind, ROWS=2, BLOCK=512)
+def test_a_row_compiles(sm, kind, types):
+    for rows, block, warps in quant_lab.TILES[kind]:
+        compile_kernel(quant_lab.row_kernel, sm, ROW | types, dict(num_warps=warps),
+                       KIND=kind, ROWS=rows, BLOCK=block)
 
 
 def test_what_is_compiled_for_a_t4_runs_on_a_later_gpu(monkeypatch, tmp_path):
@@ -59,8 +61,7 @@ def test_what_is_compiled_for_a_t4_runs_on_a_later_gpu(monkeypatch, tmp_path):
     names, undo = load_by_path("rehearse_t4").assemble_for(90)
     try:
         made = compile_kernel(
-            quant_lab.row_kernel, 75, ROW | WORDS | dict(scale="*fp16"), GROUP=16, KIND="int4",
-            ROWS=2, BLOCK=512)
+            quant_lab.row_kernel, 75, ROW | WORDS, KIND="int8", ROWS=2, BLOCK=512)
     finally:
         undo()
     flags = int.from_bytes(made.asm["cubin"][48:52], "little")
@@ -68,11 +69,52 @@ def test_what_is_compiled_for_a_t4_runs_on_a_later_gpu(monkeypatch, tmp_path):
     assert names == ["row_kernel"]
 
 
-def test_a_kernel_needs_no_name_of_the_script():
+class Launch:
+    """Stand for a kernel, which notes how it is called."""
+
+    def __getitem__(self, programs):
+        return partial(self.note, programs)
+
+    def note(self, programs, *arguments, **options):
+        self.programs, self.arguments, self.options = programs, arguments, options
+
+
+@pytest.mark.parametrize("sm, kilobytes", [(80, 163), (89, 99), (90, 227)])
+@pytest.mark.parametrize("kind, half, group", [
+    ("int4", "fp16", 128), ("int4", "bf16", 64), ("int8", "fp16", 0)])
+@pytest.mark.parametrize("tokens", [1, 8, 32, 100, 2048])
+def test_tiles_compile_and_are_read_ahead(monkeypatch, sm, kilobytes, kind, half, group, tokens):
+    """Find shared memory for more than one tile, as the next is on its way, and no more
+    than a program may have (CUDA programming guide, compute capabilities)."""
+    # More of INT4 are dequantized; one of INT8 is a row.
+    tokens = min(tokens, 128) if kind == "int4" else max(tokens, 2)
+    launch, dtype = Launch(), dict(fp16=torch.float16, bf16=torch.bfloat16)[half]
+    monkeypatch.setattr(quant_lab, "tile_kernel", launch)
+    weight = torch.zeros(4096, 1024 if kind == "int4" else 4096,
+                         dtype=torch.int16 if kind == "int4" else torch.int8)
+    scale = torch.zeros(4096, 4096 // group if group else 1, dtype=dtype)
+    x = torch.zeros(tokens, 4096, dtype=dtype if kind == "int4" else torch.int8)
+    assert quant_lab.multiply_tiles(kind, x, weight, scale).shape == (tokens, 4096)
+    count, rows, block = launch.arguments[-3:]
+    parts, span = launch.programs[2], launch.arguments[7]
+    assert launch.programs[:2] == (math.ceil(tokens / count), 4096 / rows)
+    assert span % block == 0 and (parts - 1) * span < weight.shape[1] <= parts * span
+    monkeypatch.undo()
+    x, weight = (f"*{half}", "*i16") if kind == "int4" else ("*i8", "*i8")
+    y = f"*{half}" if parts == 1 else "*fp32"
+    made = compile_kernel(
+        quant_lab.tile_kernel, sm, TILE | dict(x=x, weight=weight, scale=f"*{half}", y=y),
+        launch.options, KIND=kind, TOKENS=count, ROWS=rows, BLOCK=block)
+    size = rows * block * (2 if kind == "int4" else 1)
+    assert 2 * size <= made.metadata.shared <= kilobytes * 1024
+
+
+@pytest.mark.parametrize("name", ["row_kernel", "tile_kernel"])
+def test_a_kernel_needs_no_name_of_the_script(name):
     """inductor copies its source into a module of its own, which imports Triton alone."""
     names = {"tl": triton.language}
-    exec(quant_lab.row_kernel.src, names)  # Looks up annotations.
-    used = {step.argval for step in dis.get_instructions(names["row_kernel"])
+    exec(getattr(quant_lab, name).src, names)  # Looks up annotations.
+    used = {step.argval for step in dis.get_instructions(names[name])
             if step.opname == "LOAD_GLOBAL"}
     assert "tl" in used and used - {"tl"} <= {*dir(builtins)}
 
@@ -101,25 +143,33 @@ def test_kernels_of_llmcompressor_compile_for_a_t4(scale, dequantizes_to):
         has_zero_point=True, has_global_scale=False)
 
 
+@pytest.mark.parametrize("kind, alone, batch", [
+    ("int4", {("multiply_tiles", 1), ("multiply_tiles", 40)}, {("multiply_tiles", 8)}),
+    ("int8", {("multiply_row", 1), ("multiply_tiles", 40)},
+     {("multiply_tiles", 8), ("multiply_tiles", 320)})])
 @torch.no_grad()
-def test_compiled_layers_call_the_kernels(monkeypatch):
-    """Trace one sequence and eight without a break, as for an H100; nothing is computed."""
+def test_compiled_layers_call_the_kernels(monkeypatch, kind, alone, batch):
+    """Trace one sequence and eight without a break, as for an H100; nothing is computed.
+
+    Their prompts have 40 tokens each: of eight, INT4 is dequantized.
+    """
     calls = []
 
-    def note(kind, x, weight, *others):
-        calls.append(kind)
+    def note(name, kind, x, weight, *others):
+        calls.append((name, len(x)))
         return x.new_zeros(len(x), len(weight), dtype=torch.float32)
 
-    monkeypatch.setattr(quant_lab, "multiply_row", note)
+    for name in "multiply_row", "multiply_tiles":
+        monkeypatch.setattr(quant_lab, name, partial(note, name))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    model = load_by_path("bench_decode").random_model("tiny", "int4", torch.device("cpu"))
+    model = load_by_path("bench_decode").random_model("tiny", kind, torch.device("cpu"))
     for linear in model.modules():
         if isinstance(linear, quant_lab.PackedLinear):
             linear.sm, linear.fits = (9, 0), True
-    quant_lab.compile_layers(model)
+    quant_lab.compile_layers(model, True)
     prompts = torch.arange(5, 325).view(8, 40)
-    for batch, wanted in (1, {"int4"}), (8, set()):  # Of several, unpacked.
-        decoder = quant_lab.Decoder(model, prompts[:batch], 4, True)
+    for count, wanted in (1, alone), (8, batch):
+        decoder = quant_lab.Decoder(model, prompts[:count], 4, True)
         calls.clear()
         decoder.run(2)
         assert set(calls) == wanted
@@ -136,6 +186,6 @@ def test_many_batch_sizes_compile(monkeypatch):
     """Pass dynamo's own limit of eight shapes of one function."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     model = load_by_path("bench_decode").random_model("tiny", "dense", torch.device("cpu"))
-    quant_lab.compile_layers(model)
+    quant_lab.compile_layers(model, True)
     for batch in range(1, 12):
         quant_lab.Decoder(model, torch.full((batch, 20), 5), 2, True).run(1)
