@@ -188,7 +188,7 @@ class Options:
     repeats: int = option(5, "more if the range of the timings is wide", 1)
     no_compile: bool = option(False, "a quick look at speed; a CPU never compiles")
     output_dir: str = option("", "where to write, if not results/<model>-<device>")
-    max_loss: float = option(2.0, "percent more perplexity that you would accept", 0)
+    max_loss: float = option(2.0, "percent more perplexity you would accept", 0, 10**6)
     fresh: bool = option(False, "forget finished work in the output folder")
 
 # %%
@@ -276,6 +276,7 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
     from transformers.models.auto import modeling_auto
     utils.logging.set_verbosity_error()  # Warnings quote a model's files.
     utils.logging.disable_progress_bar()
+    torch._logging.set_logs(all=40)  # Errors; compiling and tracing warn of much.
     with usable("--model", options.model, "give a causal LM: hub id or whole folder"):
         folder = find_path(options.model) or Path(snapshot_download(
             options.model, ignore_patterns=["*/*", "consolidated*"],
@@ -312,7 +313,6 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
     return folder, tokenizer, context, prompts
 
 def fetch(files: str, column: str, rows: int = 2**20) -> list:
-    """Return the first rows of the hub's first Parquet file that a pattern names."""
     from huggingface_hub import HfFileSystem, cached_assets_path
     from pyarrow.parquet import ParquetFile
     kept, hub = cached_assets_path("quant_lab", files) / f"{rows}.json", HfFileSystem()
@@ -344,7 +344,6 @@ def read_chat(entry: dict) -> list[dict] | str:
     return chat[0]["content"] if form == "text" else chat
 
 def read_chats(name: str) -> list:
-    """Return chats of a file; ValueError names the line or entry that is none."""
     found, data = [], Path(find_path(name) or name).read_bytes()
     text = (gzip.decompress(data) if name.endswith(".gz") else data).decode("utf-8-sig")
     unit = "entry" if text.lstrip().startswith("[") else "line"
@@ -388,7 +387,6 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
     return dict(input_ids=samples, attention_mask=[[1] * len(ids) for ids in samples])
 
 def list_specials(tokenizer) -> list[int]:
-    """Return the token ids, such as BOS, that the tokenizer puts before a text."""
     ids, bare = (tokenizer("hi", add_special_tokens=x).input_ids for x in (True, False))
     return ids[: ids.index(bare[0])] if bare else []
 
@@ -423,7 +421,6 @@ weight again fails."""
 
 # %%
 def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
-    """Write `checkpoints/<label>` and return its part of the row."""
     from datasets import Dataset
     from llmcompressor import oneshot
     folder = lab.output / "checkpoints" / label
@@ -651,7 +648,6 @@ recorded (H200; why is not known). Servers record dozens; so does this."""
 NOISE_LIMIT = 1.3  # Greatest over least of a timing that can be ranked.
 
 def now() -> float:
-    """Return the clock's seconds, once a GPU has done all that was asked of it."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -660,7 +656,6 @@ def summarize(x: list[float]) -> dict:
     return dict(median=statistics.median(x), min=min(x), max=max(x), samples=x)
 
 def summarize_runs(batch: int, steps: int, runs: list) -> tuple[dict, dict]:
-    """Return TTFT with latency, and decoding, of seconds to first and last token."""
     itl = [(last - first) / steps for first, last in runs]
     return (dict(ttft_s=summarize([first for first, _ in runs]),
                  latency_s=summarize([last for _, last in runs])),
@@ -721,14 +716,12 @@ class Decoder:
         return first - start, now() - start
 
 def cut_prompts(lab: SimpleNamespace) -> Tensor:
-    """Return prompts [largest batch, 512] of the text, which is repeated if short."""
     size = max(lab.options.batch_sizes), min(512, lab.context - lab.options.new_tokens)
     ids = lab.windows[:, lab.unscored :].flatten()
     return ids[torch.arange(math.prod(size)) % len(ids)].view(size)
 
 CONTEXT = 8192  # Tokens of a user whose keys and values are to fit.
 
-# %%
 def count_kv_bytes(model, ids: Tensor) -> int:
     """Return bytes a token of a cache of CONTEXT, all kinds of layers together."""
     from transformers.cache_utils import StaticCache
@@ -737,6 +730,7 @@ def count_kv_bytes(model, ids: Tensor) -> int:
     held = tree_leaves([vars(layer) for layer in cache.layers])
     return round(sum(x.nbytes for x in held if isinstance(x, Tensor)) / CONTEXT)
 
+# %%
 def time_runs(model, prompts: Tensor, steps: int, repeats: int, compiled: bool) -> list:
     """Return seconds to the first and to the last token of each run; none if OOM."""
     with contextlib.suppress(torch.OutOfMemoryError):
@@ -767,9 +761,9 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
             peak = torch.cuda.max_memory_allocated()
             room = 0.9 * torch.cuda.get_device_properties(0).total_memory - peak
             speed |= dict(peak_memory_bytes=peak, kv_tokens=int(max(0.0, room) / kv))
-    text = prompts.repeat(max(options.prompt_lengths, default=0), 1).view(1, -1)
     for tokens in options.prompt_lengths:
-        runs = time_runs(model, text[:, :tokens], 0, options.repeats, compiled)
+        text = prompts.flatten().repeat(1 + tokens // prompts.numel())[None, :tokens]
+        runs = time_runs(model, text, 0, options.repeats, compiled)
         prefill.append(dict(prompt_tokens=tokens, error=None if runs else "OOM",
                             ttft_s=summarize([x for x, _ in runs]) if runs else None))
     return speed
@@ -836,7 +830,6 @@ def run_there(exe: str, code: str, log: Path) -> str:
     return said
 
 def find_engine(options: Options, log: Path) -> str:
-    """Return what --vllm measures with, such as "vllm 0.26.0", or exit with 2."""
     ask = "import torch, vllm; print(torch.cuda.is_available(), vllm.__version__)"
     with usable("--vllm", options.vllm, "give the python of an environment with vLLM"):
         sees_gpu, version = run_there(options.vllm, ask, log).split()[-2:]
@@ -869,7 +862,6 @@ def measure_served(label: str, lab: SimpleNamespace) -> dict:
         divergence=compare_completions(*ids, lab))
 
 def serve_all(lab: SimpleNamespace) -> None:
-    """Measure all that is finished in vLLM, if any was not yet; the baseline twice."""
     from accelerate.utils import release_memory
     release_memory()  # The server wants the GPU for itself.
     rows = [row for row in lab.rows.values() if row["status"] == "ok"]
@@ -944,7 +936,6 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
 
 # %%
 def take_over(lab: SimpleNamespace) -> None:
-    """Set lab.marks, a fingerprint a label, and lab.rows, those finished before."""
     file, way_out = lab.output / "results.json", "another keeps, --fresh drops"
     before = read_json(file)
     conditions = [(part, name, x) for part in "config inputs machine versions".split()
@@ -1146,7 +1137,8 @@ def render_result(label: str, results: dict) -> str:
     shown = [row] if row is base or base["status"] != "ok" else [base, row]
     columns = QUALITY[0], QUALITY[1], QUALITY[3], SPEED[0], COST[0]
     ratios = [relate(row, base, key) for _, key, *_ in columns]
-    table = render_table(columns, shown, ["over it", *(f"{x:.3f}" for x in ratios)])
+    ratios = ["over it", *(f"{x:.3f}" if x else "–" for x in ratios)]
+    table = render_table(columns, shown, ratios)
     return "\n\n".join([table, fill(f"Runs as: {row['runs_as']}"),
                         render_completions(shown, 0)])
 
@@ -1157,9 +1149,9 @@ def name_variant(label: str) -> str:
                     for word in words)
 
 def find_loss(row: dict) -> float:
-    high = row["perplexity_ratio"]["high"]
-    unknown = 0.0 if row["label"] == BASELINE else math.inf
-    return unknown if high is None else 100 * (high - 1)
+    """Return by how many percent perplexity rises at most, 0 for the baseline."""
+    high = row["perplexity_ratio"]["high"] or math.inf
+    return 0.0 if row["label"] == BASELINE else 100 * (high - 1)
 
 # %%
 def choose_rows(results: dict) -> tuple[list[dict], dict, str]:
@@ -1167,7 +1159,8 @@ def choose_rows(results: dict) -> tuple[list[dict], dict, str]:
     rows, cuda = results["variants"], results["machine"]["device"] == "cuda"
     served, loop = list(map(as_served, rows)), "this script's loop" if cuda else ""
     if any(row["status"] == "ok" and row["drift"] <= DRIFT for row in served):
-        rows, loop = served, served[0]["engine"]
+        rows = [row for row in served if row["engine"]]
+        loop = rows[0]["engine"]
     rows = [{**row} for row in rows if row["status"] == "ok"]
     return rows, next((row for row in rows if row["label"] == BASELINE), ROW), loop
 
@@ -1217,10 +1210,10 @@ def describe_change(row: dict, base: dict, loop: str) -> str:
     changes = [(relate(row, base, key), less, more) for key, less, more in (
         ("weight_bytes", "smaller", "larger"),
         ("perplexity_ratio", "less perplexity", "more perplexity"),
-        (loop and "latency_s", "faster", "slower"))]
-    return f"{name_variant(row['label'])}: " + ", ".join(
-        f"{100 * abs(ratio - 1):.1f} % {more if ratio > 1 else less}"
-        for ratio, less, more in changes if ratio)
+        (loop and "latency_s", "less latency", "more latency"))]
+    words = [f"{100 * abs(x - 1):.1f} % {more if x > 1 else less}"
+             for x, less, more in changes if x and abs(x - 1) >= 5e-4]
+    return ": ".join(filter(None, [name_variant(row["label"]), ", ".join(words)]))
 
 # %%
 def choose_variant(results: dict) -> tuple[str, str]:
@@ -1234,9 +1227,10 @@ def choose_variant(results: dict) -> tuple[str, str]:
         if row["label"] == pick:
             return pick, describe_change(row, base, loop)
     others.sort(key=lambda row: row["kld"]["mean"])
-    return pick, "".join([
-        f"Keep {results['config']['dtype']}, nothing within {most:g} % is better", *(
-            f". Closest is {describe_change(row, base, loop)}" for row in others[:1])])
+    lead = f"Keep {results['config']['dtype']}, nothing within {most:g} % is better"
+    return pick, ". Closest is ".join([
+        lead if rows else "Nothing was measured",
+        *(describe_change(row, base, loop) for row in others[:1])])
 
 def render_advice(results: dict, folder="checkpoints") -> str:
     lines, (pick, sentence) = [], choose_variant(results)
@@ -1244,8 +1238,9 @@ def render_advice(results: dict, folder="checkpoints") -> str:
         labels = [label for label in (one["variant"], *one["ties"]) if label]
         names = " or ".join(map(name_variant, labels)) or "unknown"
         lines.append(fill(f"{one['goal']}: **{names}**, {one['why']}", "- "))
-    return "\n\n".join(["\n".join(lines), fill(f"**{sentence}.**"),
-                        f"    vllm serve {folder}/{pick}"])
+    command = [f"    vllm serve {folder}/{pick}" for row in choose_rows(results)[0]
+               if row["label"] == pick]
+    return "\n\n".join(["\n".join(lines), fill(f"**{sentence}.**"), *command])
 
 def render_notes(results: dict) -> str:
     lines, most = [], results["config"]["max_loss"]
@@ -1258,8 +1253,9 @@ def render_notes(results: dict) -> str:
                  row["runs_as"] and f"runs as: {row['runs_as']}"]
         if row["status"] == "ok" and row["label"] != BASELINE:
             loss, kld = find_loss(row), 100 * (raise_e(row["kld"]["mean"]) - 1)
-            notes.append(f"up to {loss:.1f} % more perplexity, {most:g} % allowed")
-            if kld > 3 * most >= 3 * loss or 3 * kld < most < loss:
+            notes.append(f"up to {loss:.1f} % more perplexity, {most:g} % allowed"
+                         if loss < math.inf else "too few windows for an interval")
+            if kld > 3 * most >= 3 * loss or 3 * kld < most < loss < math.inf:
                 notes.append(f"its KLD disagrees, worth {kld:.1f} %: read completions")
         notes = "; ".join(filter(None, notes))
         lines.append(fill(f"{name_variant(row['label'])}: {notes}", "- "))
@@ -1322,7 +1318,6 @@ def find_pairs(model):
                     yield [[f"{name}.{x}" for x in linears], f"{name}.{key}"]
 
 def fit_smoothing(recipe: list, model, row: dict) -> None:
-    """Let SmoothQuant smooth what nothing but Linears that get quantized reads."""
     from llmcompressor.modeling.offset_norm import norm_calibration_context
     for smoother in [m for m in recipe if hasattr(m, "smoothing_strength")]:
         with norm_calibration_context(model):  # Turns known 1 + weight into weight.
@@ -1376,9 +1371,17 @@ def place_model(folder: Path, options: Options, device: torch.device):
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
     if quantized and not model.packs:
         model.hf_quantizer.compressor.decompress_model(model)
+        for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
+            linear.forward = partial(forward_rows, linear.forward)
+    for parameter in [p for p in model.parameters() if p.dtype == torch.bfloat16]:
+        parameter.data = parameter.data.to(getattr(torch, options.dtype))  # As NVFP4.
     if model.packs:
         pack_model(model, sm)
     return model
+
+def forward_rows(forward, x: Tensor) -> Tensor:
+    # Of two dimensions, compressed-tensors 0.19 would scale all tokens alike.
+    return forward(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
 
 def round_activations(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x over its scale, in 8 bits, and the scale [..., 1], one per token."""
@@ -1470,7 +1473,6 @@ def find_kind(module: torch.nn.Module) -> str | None:
     return next((kind for kind, those in FORMATS.items() if those == forms), None)
 
 def pack_model(model, sm: tuple[int, int]) -> None:
-    """Pack each quantized Linear, and on a GPU all others."""
     if hook := getattr(model, "ct_decompress_hook", None):
         hook.remove()  # It would unpack all when the model first runs.
     for name, layer in list(model.named_modules()):
@@ -1641,7 +1643,6 @@ completions) is foreign text, and stays text."""
 
 # %%
 def stop(line: str):
-    """Say on stderr what is wrong with the input and the way out; exit with 2."""
     print("quant_lab: " + one_line(line), file=sys.stderr)
     raise SystemExit(2)
 
@@ -1649,7 +1650,6 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 def describe(error: BaseException) -> str:
-    """Return the root cause of an exception, on one line of at most 200 characters."""
     while error.__cause__:
         error = error.__cause__
     says_it = isinstance(error, (ValueError, OSError, ArithmeticError)) and str(error)
@@ -1670,7 +1670,6 @@ def read_json(file: Path) -> dict:
     return {}
 
 def write_json(file: Path, content: dict) -> None:
-    """Write strict JSON in one step: readers see the old content or the new."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     file.with_suffix(".partial").write_text(text + "\n", encoding="utf-8")
     file.with_suffix(".partial").replace(file)
@@ -1809,8 +1808,8 @@ def draw_summary(results: dict):
         axes.annotate(text, point, (1.05, (k + 0.5) / len(done)), color=color,
                       textcoords="axes fraction", va="center",
                       arrowprops=dict(arrowstyle="-", color=color, linewidth=0.6))
-    axes.set_yscale("symlog", linthresh=1e-3)
-    axes.set(xlabel="MB on disk", ylabel="KLD to the original, nats")
+    axes.set_yscale("symlog", linthresh=1e-5)
+    axes.set(xlabel="MB on disk", ylabel="KLD to original, nats", ylim=(-2e-6, None))
     names = []
     for row in rows:
         memory = f"{render_cell(row, COST[0])} MB" if row in done else "failed"
@@ -1822,19 +1821,20 @@ def draw_summary(results: dict):
         for y, row in enumerate(map(view, rows)):
             mine, color = read_figure(row, key), colors[row["label"]]
             if mine.word or not theirs:
-                axes.text(0.5, y, mine.word or "–", color=color, va="center",
-                          ha="center", transform=axes.get_yaxis_transform())
+                axes.text(0.5, y, mine.word or "not known", color=color, va="center",
+                          ha="center", transform=axes.get_yaxis_transform(),
+                          bbox=dict(color="white", pad=1), zorder=3)
                 continue
             axes.plot([mine.low / theirs, mine.high / theirs], [y, y], color=color)
             if ratio := relate(row, view(base), key):
                 axes.plot(ratio, y, "o", color=color)
         axes.axvline(1, color="black", linestyle=":", zorder=0)
-        axes.set(title=title, xmargin=0.15, ymargin=0.5 / len(rows))
+        axes.set(title=title, xmargin=0.15)
     axes.set_yticks(range(len(rows)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     above.suptitle(textwrap.fill(choose_variant(results)[1], 66), fontsize=14)
     facts = ("Below: times the baseline's, left is less; a line without a dot: noise. "
-             f"Hollow: over {most:g} % more perplexity. {results['model_name'][-50:]} "
+             f"Hollow: over {most:g} % more perplexity. {results['model_name'][-30:]} "
              f"({results['inputs']['model_files'][:7]}), perplexity "
              f"{render_cell(base, QUALITY[2])}; {results['machine']['name']}, "
              f"{results['created'][:10]}")
@@ -1970,7 +1970,9 @@ if __name__ == "__main__":
 With `--vllm`, all that is finished once more, where it would be deployed: expect other
 times, and perhaps another order. Where the two disagree, the server is right about the
 server, and the loop above about the format: what it costs with little around it. Of a
-small model one sees the host, whose pace changes: let nothing else run there."""
+small model one sees the host, whose pace changes: let nothing else run there. It takes
+`python -m venv serve`, `serve/bin/pip install vllm`, and then the same command with
+`--vllm serve/bin/python`: what is finished is kept."""
 
 # %%
 if __name__ == "__main__":
@@ -1992,8 +1994,6 @@ if __name__ == "__main__":
         display(Image(LAB.output / "summary.png"))
         for number in range(1, 8):
             show(render_completions(RESULTS["variants"], number))
-    if LAB.device.type == "cuda" and not LAB.engine:
-        show("In a server, too: `pip install vllm` elsewhere, `--vllm` and its python.")
     show(render_notes(RESULTS))
     show("## Which to deploy\n\n" + render_advice(RESULTS, LAB.output / "checkpoints"))
     if not IN_NOTEBOOK and any(row["error"] for row in RESULTS["variants"]):

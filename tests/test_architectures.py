@@ -1,6 +1,7 @@
 """Run the lab on small models of many architectures; hold its figures to plain transformers."""
 
 import math
+import re
 
 import architectures
 import pytest
@@ -64,8 +65,6 @@ def check_rows(rows, folder, texts):
         kld = (wanted.exp() * (wanted - found)).sum(-1).mean().item()
         assert row["perplexity"] == pytest.approx(math.exp(loss), rel=2e-3), label
         assert row["kld"]["mean"] == pytest.approx(kld, rel=2e-3, abs=2e-3), label
-        if row["smoothing"]:
-            assert row["smoothing"]["kld"] < 1e-3
 
 
 @pytest.fixture
@@ -78,11 +77,16 @@ def untimed(monkeypatch, quick_collection):
 # Readers of one norm in parallel, norms before and after, 1 + weight, no norm that only
 # Linears read, LayerNorm, two-dimensional inputs, convolutions, experts, soft caps.
 MANY = ["phi", "gemma2", "gemma3_text", "olmo2", "nemotron", "opt", "lfm2", "olmoe"]
-ALL = [pytest.param(name, marks=[] if name in MANY else pytest.mark.slow)
-       for name in architectures.ARCHITECTURES]
+SMOOTHED = ["qwen2", "gemma2", "gemma3_text", "phi", "olmo2", "opt", "olmoe", "falcon_h1"]
 
 
-@pytest.mark.parametrize("name", ALL)
+def list_all(quick):
+    """Return all architectures; those that are not to be quick are for slow runs."""
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow)
+            for name in architectures.ARCHITECTURES]
+
+
+@pytest.mark.parametrize("name", list_all(MANY))
 def test_figures_are_those_of_plain_transformers(name, tmp_path, texts, untimed):
     """Measure baseline, FP8, W4A16 and W8A8; a row is right or says why it is not there."""
     rows = run_lab(name, tmp_path, texts)
@@ -92,42 +96,103 @@ def test_figures_are_those_of_plain_transformers(name, tmp_path, texts, untimed)
         assert w8a8["kld"]["mean"] < fp8["kld"]["mean"], "more than rounding did that"
 
 
+@torch.no_grad()
+def smooth_alone(folder, tmp_path, mappings=None):
+    """Let SmoothQuant alone smooth a model in float32; return the row, the number of norms
+    whose weights it changed, and the KLD to the model as it was."""
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.transform import SmoothQuantModifier
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids, row = torch.arange(5, 69)[None], dict(notes=[])
+    wanted = model(ids, use_cache=False).logits.double().log_softmax(-1)
+    modifier = SmoothQuantModifier(smoothing_strength=0.8, mappings=mappings)
+    before = {name: x.clone() for name, x in model.named_parameters() if x.dim() == 1}
+    chats = Dataset.from_dict(dict(input_ids=ids.repeat(3, 1).tolist(),
+                                   attention_mask=torch.ones_like(ids).repeat(3, 1).tolist()))
+    log = tmp_path / "log.txt"
+    with quant_lab.libraries_to(log), quant_lab.llmcompressor_session(model):
+        quant_lab.fit_smoothing([modifier], model, row)
+        if row["smoothing"]["pairs"]:
+            oneshot(model=model, recipe=[modifier], dataset=chats,
+                    processor=AutoTokenizer.from_pretrained(folder))
+    after = {name: x for name, x in model.named_parameters() if x.dim() == 1}
+    changed = [name for name, x in before.items()
+               if name.endswith("weight") and (x - after[name]).norm() > 0.01 * x.norm()]
+    found = model(ids, use_cache=False).logits.double().log_softmax(-1)
+    return row, len(changed), (wanted.exp() * (wanted - found)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("name", list_all(SMOOTHED))
+def test_smoothing_alone_changes_no_architecture(name, tmp_path, quick_collection):
+    """What norms are divided by, their readers are multiplied by: the model says the same."""
+    folder = architectures.make(name, tmp_path / "model")
+    row, changed, kld = smooth_alone(folder, tmp_path)
+    assert kld < 1e-6
+    assert changed == row["smoothing"]["pairs"], "each norm that was found was smoothed"
+    assert row["notes"] == ([] if changed else ["no norm could be smoothed"])
+
+
+@pytest.mark.parametrize("part", ["k_proj", "up_proj"])
+def test_a_reader_that_is_left_out_shows(part, tmp_path, quick_collection):
+    """The test above would see a norm that something else reads, too."""
+    folder = architectures.make("qwen2", tmp_path / "model")
+    _, _, kld = smooth_alone(folder, tmp_path, [
+        [[f"model.layers.{n}.{linear}" for linear in linears if part not in linear],
+         f"model.layers.{n}.{norm}"]
+        for n in range(2) for norm, linears in PAIRS.items()])
+    assert kld > 1e-3
+
+
+PAIRS = {"input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+         "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"]}
+GEMMA = {"input_layernorm": PAIRS["input_layernorm"],
+         "pre_feedforward_layernorm": PAIRS["post_attention_layernorm"]}
+
+
 @pytest.mark.parametrize("name, pairs", [
-    ("qwen2", 4), ("phi", 2), ("gemma3_text", 4), ("opt", 4), ("olmo2", 0), ("nemotron", 0)])
-def test_norms_that_only_linears_read_are_smoothed(name, pairs, tmp_path, texts, untimed):
+    ("llama", PAIRS), ("qwen2", PAIRS), ("gemma3_text", GEMMA), ("gemma2", GEMMA),
+    ("phi", {}), ("opt", {}), ("olmo2", {}), ("nemotron", {}), ("gemma3n_text", {})])
+def test_norms_that_only_linears_read_are_found(name, pairs, tmp_path):
+    """Two a layer where a layer is built like Llama's or Gemma's, else none."""
+    from llmcompressor.modeling.offset_norm import norm_calibration_context
+    from llmcompressor.modifiers.transform import SmoothQuantModifier
+
+    folder = architectures.make(name, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with norm_calibration_context(model):
+        found = {norm: sorted(linears) for linears, norm in quant_lab.find_pairs(model)}
+    assert found == {f"model.layers.{n}.{norm}": sorted(
+        f"model.layers.{n}.{linear}" for linear in linears)
+        for n in range(2) for norm, linears in pairs.items()}
+    modifier, row = SmoothQuantModifier(), dict(notes=[])
+    quant_lab.fit_smoothing([modifier], model, row)
+    assert row["smoothing"] == dict(pairs=2 * len(pairs)) == dict(pairs=len(modifier.mappings))
+    assert row["notes"] == ([] if pairs else ["no norm could be smoothed"])
+
+
+@pytest.mark.parametrize("name, pairs", [("qwen2", 4), ("gemma3_text", 4), ("phi", 0)])
+def test_what_was_smoothed_stands_in_row_and_recipe(name, pairs, tmp_path, texts, untimed):
     row = run_lab(name, tmp_path, texts, "--variants", "w8a8", "--dtype", "float32")[LABELS[3]]
-    assert row["smoothing"]["pairs"] == pairs and row["smoothing"]["kld"] < 1e-6
-    if name == "phi":  # Attention and MLP read the same norm.
-        recipe = (tmp_path / "out" / row["checkpoint"] / "recipe.yaml").read_text()
-        assert all(part in recipe for part in ("q_proj", "k_proj", "v_proj", "fc1"))
+    assert row["status"] == "ok", row["error"]
+    assert row["smoothing"] == dict(pairs=pairs)
+    assert ("no norm could be smoothed" in row["notes"]) == (pairs == 0)
+    recipe = (tmp_path / "out" / row["checkpoint"] / "recipe.yaml").read_text("utf-8")
+    assert len(re.findall(r"layers\.\d\.self_attn\.q_proj", recipe)) == pairs // 2
+    assert len(re.findall(r"layers\.\d\.mlp\.up_proj", recipe)) == pairs // 2
 
 
-def test_smoothing_that_changes_the_model_fails_the_row(tmp_path, texts, untimed, monkeypatch):
-    """Leave one reader of Phi's norm unbalanced, as llmcompressor's own mapping does."""
-    find = quant_lab.find_pairs
-    monkeypatch.setattr(quant_lab, "find_pairs", lambda *parts: [
-        [[name for name in names if "fc1" not in name], norm] for names, norm in find(*parts)])
-    row = run_lab("phi", tmp_path, texts, "--variants", "w8a8")[LABELS[3]]
-    assert row["status"] == "failed" and "smoothing changed the model" in row["error"]
-    assert row["perplexity"] is None and not (tmp_path / "out" / "checkpoints" / LABELS[3]).exists()
-
-
-def test_a_model_that_sees_what_comes_later_has_no_figures(tmp_path, texts, untimed):
-    """Score an encoder that transformers loads as a causal LM."""
-    from transformers import RobertaConfig, RobertaForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(architectures.TINY)
-    tokenizer.save_pretrained(tmp_path / "model")
-    torch.manual_seed(1)
-    RobertaForCausalLM(RobertaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=1,
-        num_attention_heads=2, initializer_range=0.2)).save_pretrained(tmp_path / "model")
-    lab = quant_lab.set_up([str(word) for word in (
-        *quick_words(tmp_path / "model", texts), "--output-dir", tmp_path / "out",
-        "--variants", "00")])
-    quant_lab.run_variant(LABELS[0], lab)
-    row = lab.rows[LABELS[0]]
-    assert row["status"] == "failed" and "no causal LM" in row["error"]
+@pytest.mark.parametrize("name", ["qwen2", "opt"])
+def test_emulated_figures_are_those_of_packed_weights(name, tmp_path, texts, untimed):
+    """OPT flattens its tokens: each has a scale of its own all the same."""
+    packed, emulated = (run_lab(
+        name, tmp_path / way, texts, "--variants", "fp8", "w8a8", "--execution", way)
+        for way in ("packed", "emulated"))
+    for label in LABELS[1], LABELS[3]:
+        assert packed[label]["status"] == emulated[label]["status"] == "ok"
+        assert emulated[label]["kld"]["mean"] == pytest.approx(
+            packed[label]["kld"]["mean"], rel=1e-3), label
 
 
 def test_weights_that_are_not_read_again_fail_the_row(tmp_path, texts, untimed, monkeypatch):

@@ -155,6 +155,13 @@ def test_no_label_or_a_part_of_several_lists_the_choices(capsys, word):
     (["--batch-sizes", "1,8"], "batch_sizes", (1, 8)),
     (["--batch-sizes", "8,2", "4"], "batch_sizes", (1, 2, 4, 8)),
     (["--batch-sizes", "8"], "batch_sizes", (1, 8)),
+    (["--prompt-lengths", "2048,128"], "prompt_lengths", (128, 2048)),
+    (["--prompt-lengths", "64", "9,64", "1"], "prompt_lengths", (1, 9, 64)),
+    (["--prompt-lengths", "512"], "prompt_lengths", (512,)),
+    ([], "prompt_lengths", (128, 512, 2048)),
+    (["--demo"], "prompt_lengths", (128, 512, 2048)),
+    (["--max-loss", "0.5"], "max_loss", 0.5), (["--max-loss", "3"], "max_loss", 3.0),
+    ([], "max_loss", 2.0),
     (["--group-size", "32"], "group_size", 32)])
 def test_what_users_type(words, name, value):
     assert getattr(quant_lab.parse_options(words), name) == value
@@ -170,16 +177,11 @@ def test_a_misspelt_option_is_named(capsys, typed):
     assert "--help lists the options" in said
 
 
-def test_a_notebook_reads_the_environment_instead_of_the_kernels_words(
-        monkeypatch, capsys):
+def test_a_notebook_reads_the_environment_instead_of_the_kernels_words(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     monkeypatch.setattr(quant_lab, "IN_NOTEBOOK", True)
     monkeypatch.setenv("QUANT_LAB_ARGS", '--demo --eval-text "my text.txt"')
     assert quant_lab.read_words() == ["--demo", "--eval-text", "my text.txt"]
-    monkeypatch.setenv("QUANT_LAB_ARGS", '--model "open')
-    with pytest.raises(SystemExit) as end:
-        quant_lab.read_words()
-    assert end.value.code == 2 and "QUANT_LAB_ARGS" in capsys.readouterr().err
     monkeypatch.delenv("QUANT_LAB_ARGS")
     assert quant_lab.read_words() == []
 
@@ -214,6 +216,12 @@ def refused(run, *names, lines=1):
     (["--variants"], ["--variants"]),
     (["--batch-sizes"], ["--batch-sizes"]),
     (["--batch-sizes", "1,x"], ["--batch-sizes", "x"]),
+    (["--prompt-lengths"], ["--prompt-lengths"]),
+    (["--prompt-lengths", "128,x"], ["--prompt-lengths", "x", "whole numbers"]),
+    (["--prompt-lengths", "1.5"], ["--prompt-lengths", "1.5", "whole numbers"]),
+    (["--prompt-lengths", "128,0"], ["--prompt-lengths 0", "1"]),
+    (["--max-loss", "little"], ["--max-loss", "little"]),
+    (["--max-loss"], ["--max-loss"]),
     (["--group-size", "100"], ["--group-size", "100", "128"]),
     (["--kld-tokens", "100"], ["--kld-tokens"]),
 ])
@@ -227,7 +235,9 @@ def test_bad_words(run_script, words, names):
     ("--calibration-samples", 0, 1, None),
     ("--calibration-length", 7, 8, None), ("--dampening", "nan", 0, 1),
     ("--dampening", "-0.1", 0, 1), ("--smoothing-strength", 1.5, 0, 1),
-    ("--seed", -1, 0, 2**32 - 1), ("--seed", 2**32, 0, 2**32 - 1)])
+    ("--seed", -1, 0, 2**32 - 1), ("--seed", 2**32, 0, 2**32 - 1),
+    ("--prompt-lengths", 0, 1, None),
+    ("--max-loss", "-0.1", 0, None), ("--max-loss", "nan", 0, None)])
 def test_a_number_out_of_its_limits_is_refused_with_them(
         flag, word, low, high, capsys):
     with pytest.raises(SystemExit) as end:
@@ -241,6 +251,14 @@ def test_a_number_out_of_its_limits_is_refused_with_them(
             quant_lab.parse_options([flag, str(limit)])
 
 
+@pytest.mark.parametrize("flag", ["--max-loss", "--dampening", "--smoothing-strength"])
+@pytest.mark.parametrize("word", ["inf", "1e999"])
+def test_a_number_that_json_does_not_know_is_refused(flag, word, capsys):
+    with pytest.raises(SystemExit) as end:
+        quant_lab.parse_options([flag, word])
+    assert end.value.code == 2 and flag in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("words", [[], ["--device", "cuda"]])
 def test_no_gpu(run_script, words, tmp_path, monkeypatch):
@@ -250,17 +268,21 @@ def test_no_gpu(run_script, words, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_t4_stays_float16(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    device = quant_lab.choose_device(quant_lab.Options())
-    assert device.type == "cuda" and quant_lab.Options().dtype == "float16"
-    with pytest.raises(SystemExit):
-        quant_lab.choose_device(quant_lab.Options(dtype="bfloat16"))
-    assert "--dtype bfloat16" in capsys.readouterr().err
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert quant_lab.choose_device(quant_lab.Options(dtype="bfloat16")).type == "cuda"
-    assert quant_lab.choose_device(quant_lab.Options(device="cpu")).type == "cpu"
+@pytest.mark.parametrize("has_gpu, words, device", [
+    (True, [], "cuda"), (True, ["--demo"], "cuda"), (True, ["--device", "cuda"], "cuda"),
+    (True, ["--device", "cpu"], "cpu"), (False, ["--demo"], "cpu"),
+    (False, ["--device", "cpu"], "cpu"), (False, [], None),
+    (False, ["--demo", "--device", "cuda"], None)])
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch, has_gpu, words, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    options = quant_lab.parse_options(words)
+    if device:
+        assert quant_lab.choose_device(options).type == device
+    else:
+        with pytest.raises(SystemExit) as end:
+            quant_lab.choose_device(options)
+        assert end.value.code == 2
+    assert options.dtype == "float16", "also where it could be another: a T4 has no bfloat16"
 
 
 def test_model_that_is_not_there(run_script, quick):
@@ -442,9 +464,37 @@ def test_output_that_cannot_be_written(run_script, quick, tmp_path):
 
 def test_help_is_the_title_and_names_every_option(run_script):
     run = run_script("--help")
-    assert run.code == 0 and quant_lab.__doc__.strip().split("\n")[0] in run.out
+    title = quant_lab.__doc__.strip().split("\n")[0].removeprefix("# ")
+    assert run.code == 0 and run.err == ""
+    assert run.out.startswith("usage: quant_lab.py [options]\n\n" + title + "\n")
     for name in quant_lab.Options.__dataclass_fields__:
         assert f"--{name.replace('_', '-')} " in run.out
+
+
+def test_help_groups_options_by_what_they_are_about(run_script):
+    """Each option stands in one group, with its default as one types it."""
+    out = run_script("--help").out
+    parts = re.split(r"(?m)^(options|what to run|data|measurement|output and advice):\n", out)
+    groups = {title: re.findall(r"(?m)^  (--[\w-]+)", text)
+              for title, text in zip(parts[1::2], parts[2::2])}
+    assert list(groups) == ["options", "what to run", "data", "measurement",
+                            "output and advice"]
+    assert groups.pop("options") == [], "but for --help, which has two names"
+    assert [flag for flags in groups.values() for flag in flags] == [
+        "--" + name.replace("_", "-") for name in quant_lab.Options.__dataclass_fields__]
+    for title, flags in {
+            "what to run": ("--model", "--variants", "--dtype", "--device", "--demo"),
+            "data": ("--calibration-data", "--seed", "--eval-text", "--max-windows"),
+            "measurement": ("--new-tokens", "--batch-sizes", "--prompt-lengths", "--repeats"),
+            "output and advice": ("--output-dir", "--max-loss", "--fresh")}.items():
+        assert set(flags) <= set(groups[title]), title
+    said = " ".join(out.split())
+    for default in ("[1 8 32]", "[128 512 2048]", f"[{' '.join(LABELS)}]", "[2.0]", "[42]"):
+        assert default in said, default
+    tuples = re.findall(r"\([^()]*,[^()]*\)", "".join(parts[1:]))
+    assert not tuples and "=" not in parts[0].partition("\n")[0]
+    assert not re.search(r"[`*]|(?m:^#)|==SUPPRESS==|\[\]|\[False\]", out), "no Markdown"
+    assert max(map(len, out.split("\n"))) <= 100
 
 
 def test_calibration_is_shuffled_templated_cut_and_counted(
@@ -490,14 +540,6 @@ def load_chats(tokenizer, words):
     return quant_lab.load_calibration(quant_lab.parse_options(words), tokenizer, 2048)
 
 
-def count_forms(out):
-    """Return what the line of the formats says: how many of each."""
-    line, = (line for line in out.split("\n") if line.startswith("chats "))
-    pairs = [part.split(" of ") for part in line.removeprefix("chats").strip().split(", ")]
-    assert len({form for _, form in pairs}) == len(pairs), "each format is said once"
-    return {form: int(number) for number, form in pairs}
-
-
 @pytest.fixture(scope="module")
 def tokenizer(small):
     return quant_lab.open_model(quant_lab.Options(model=str(small)))[1]
@@ -514,35 +556,32 @@ def to_parts(text):
     return [{"type": "text", "text": first}, {"type": "text", "text": rest}]
 
 
-@pytest.mark.parametrize("form, convert, plain", [
-    ("messages", lambda chat: {"messages": chat, "id": 3}, PLAIN),
-    ("messages", lambda chat: {"messages": [
+@pytest.mark.parametrize("convert, plain", [
+    (lambda chat: {"messages": chat, "id": 3}, PLAIN),
+    (lambda chat: {"messages": [
         {"role": turn["role"], "content": to_parts(turn["content"])} for turn in chat]},
      [[turn | dict(content="\n".join(turn["content"].split(" ", 1))) for turn in chat]
       for chat in PLAIN]),
-    ("messages", lambda chat: {"messages": [*chat, {
+    (lambda chat: {"messages": [*chat, {
         "role": "assistant", "content": None, "tool_calls": [{
             "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]},
         {"role": "tool", "content": "3"}]},
      [[*chat, dict(role="assistant", content=""), dict(role="tool", content="3")]
       for chat in PLAIN]),
-    ("conversations", lambda chat: {"conversations": [
+    (lambda chat: {"conversations": [
         {"from": SHAREGPT[turn["role"]], "value": turn["content"]} for turn in chat]}, PLAIN),
-    ("prompt completion", lambda chat: {
+    (lambda chat: {
         "prompt": chat[1]["content"], "completion": chat[2]["content"]},
      [chat[1:3] for chat in PLAIN]),
-    ("prompt completion", lambda chat: {"prompt": chat[:2], "completion": chat[2:]}, PLAIN)])
-def test_formats_of_chats_are_those_of_messages(
-        tokenizer, tmp_path, capsys, form, convert, plain):
+    (lambda chat: {"prompt": chat[:2], "completion": chat[2:]}, PLAIN)])
+def test_formats_of_chats_are_those_of_messages(tokenizer, tmp_path, convert, plain):
     wanted = load_chats(tokenizer, write_chats(
         tmp_path / "plain.jsonl", [{"messages": chat} for chat in plain]))
     assert [chat and sorted(chat) for chat in [wanted["input_ids"]]] == [sorted(
         tokenizer.apply_chat_template(chat, truncation=True, max_length=64,
                                       return_dict=True).input_ids for chat in plain)]
     entries = [convert(chat) for chat in PLAIN]
-    capsys.readouterr()
     assert load_chats(tokenizer, write_chats(tmp_path / "chats.jsonl", entries)) == wanted
-    assert count_forms(capsys.readouterr().out) == {form: 4}
     assert load_chats(tokenizer, write_chats(tmp_path / "chats.jsonl.gz", entries)) == wanted
     for indent in None, 1:
         (tmp_path / "chats.json").write_text(json.dumps(entries, indent=indent))
@@ -551,18 +590,35 @@ def test_formats_of_chats_are_those_of_messages(
         assert found == wanted
 
 
-def test_text_calibrates_as_it_is(tokenizer, tmp_path, capsys):
+def test_text_calibrates_as_it_is(tokenizer, tmp_path):
     found = load_chats(tokenizer, write_chats(
         tmp_path / "texts.jsonl", [{"text": "Some text of five or more words."}]))
     assert found["input_ids"] == [tokenizer("Some text of five or more words.").input_ids]
-    assert count_forms(capsys.readouterr().out) == dict(text=1)
 
 
-def test_a_file_of_several_formats_counts_each(tokenizer, tmp_path, capsys):
-    load_chats(tokenizer, write_chats(tmp_path / "mixed.jsonl", [
+def test_a_file_of_several_formats_is_read_line_by_line(tokenizer, tmp_path, capsys):
+    found = load_chats(tokenizer, write_chats(tmp_path / "mixed.jsonl", [
         {"messages": PLAIN[0]}, {"text": "Hello"}, {"messages": PLAIN[1]},
         {"conversations": [{"from": "human", "value": "Hi"}]}]))
-    assert count_forms(capsys.readouterr().out) == dict(messages=2, text=1, conversations=1)
+    chats = [PLAIN[0], PLAIN[1], [dict(role="user", content="Hi")]]
+    wanted = [tokenizer.apply_chat_template(chat, truncation=True, max_length=64,
+                                            return_dict=True).input_ids for chat in chats]
+    assert sorted(found["input_ids"]) == sorted([tokenizer("Hello").input_ids, *wanted])
+    line, = [x for x in capsys.readouterr().out.split("\n") if "calibration" in x]
+    assert "4 chats" in line and f"{sum(map(len, found['input_ids'])):,} tokens" in line
+
+
+@pytest.mark.parametrize("entry, wanted", [
+    ({"messages": PLAIN[0]}, PLAIN[0]), ({"text": "as it is"}, "as it is"),
+    ({"prompt": "Add", "completion": "3"}, [
+        dict(role="user", content="Add"), dict(role="assistant", content="3")])])
+def test_a_chat_is_its_turns_and_a_text_is_itself(tmp_path, entry, wanted):
+    found = quant_lab.read_chat(entry)
+    if isinstance(wanted, list):
+        found = [{key: turn[key] for key in ("role", "content")} for turn in found]
+    assert found == wanted
+    write_chats(tmp_path / "one.jsonl", [entry])
+    assert quant_lab.read_chats(str(tmp_path / "one.jsonl")) == [quant_lab.read_chat(entry)]
 
 
 @pytest.mark.parametrize("entry, names", [
