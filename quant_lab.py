@@ -1821,9 +1821,9 @@ def draw_summary(results: dict):
         for y, row in enumerate(map(view, rows)):
             mine, color = read_figure(row, key), colors[row["label"]]
             if mine.word or not theirs:
-                axes.text(0.5, y, mine.word or "not known", color=color, va="center",
+                axes.text(0.5, y, mine.word.strip("–") or "not known", color=color,
                           ha="center", transform=axes.get_yaxis_transform(),
-                          bbox=dict(color="white", pad=1), zorder=3)
+                          va="center", bbox=dict(color="white", pad=1), zorder=3)
                 continue
             axes.plot([mine.low / theirs, mine.high / theirs], [y, y], color=color)
             if ratio := relate(row, view(base), key):
