@@ -1198,8 +1198,8 @@ def advise(results: dict) -> list[dict]:
             if row is not base and relate(row, base, column[1]):
                 why.append(f"{relate(row, base, column[1]):.2f} times the baseline's")
             if goal == "least memory" and row["kv_tokens"] is not None:
-                room, before = (render_cell(x, USERS) for x in (row, base))
-                why.append(f"room for {room} {USERS[0]} tokens, baseline {before}")
+                room = {x["label"]: render_cell(x, USERS) for x in (row, base)}
+                why.append(f"room for {', baseline '.join(room.values())} {USERS[0]}")
         why += [f"too noisy to rank: {', '.join(noisy)}"] if noisy else []
         label, *ties = [row["label"] for row in best] or [None]
         advice.append(dict(goal=goal, variant=label, ties=ties,
@@ -1833,7 +1833,7 @@ def draw_summary(results: dict):
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     above.suptitle(textwrap.fill(choose_variant(results)[1], 66), fontsize=14)
-    facts = ("Below: times the baseline's, left is less; a line without a dot: noise. "
+    facts = ("Below: ratio to the baseline, left is less; no dot: noise; users of 8,192. "
              f"Hollow: over {most:g} % more perplexity. {results['model_name'][-30:]} "
              f"({results['inputs']['model_files'][:7]}), perplexity "
              f"{render_cell(base, QUALITY[2])}; {results['machine']['name']}, "
