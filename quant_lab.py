@@ -742,7 +742,9 @@ def time_runs(model, prompts: Tensor, steps: int, repeats: int, compiled: bool) 
 def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> dict:
     """Return speed and memory of continuing prompts [n, tokens], batch by batch."""
     steps, decode, prefill = options.new_tokens - 1, [], []
-    kv = count_kv_bytes(model, prompts[:1, :1])
+    kv = None  # Where not even the cache of one user fits.
+    with contextlib.suppress(torch.OutOfMemoryError):
+        kv = count_kv_bytes(model, prompts[:1, :1])
     speed = dict(prompt_tokens=prompts.shape[1], decode=decode, prefill=prefill,
                  kv_bytes_per_token=kv)
     compile_layers(model, compiled)
@@ -760,7 +762,8 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
         if batch == 1 and prompts.is_cuda:
             peak = torch.cuda.max_memory_allocated()
             room = 0.9 * torch.cuda.get_device_properties(0).total_memory - peak
-            speed |= dict(peak_memory_bytes=peak, kv_tokens=int(max(0.0, room) / kv))
+            room = kv and int(max(0, room) / kv)
+            speed |= dict(peak_memory_bytes=peak, kv_tokens=room)
     for tokens in options.prompt_lengths:
         text = prompts.flatten().repeat(1 + tokens // prompts.numel())[None, :tokens]
         runs = time_runs(model, text, 0, options.repeats, compiled)
@@ -864,7 +867,7 @@ def measure_served(label: str, lab: SimpleNamespace) -> dict:
 def serve_all(lab: SimpleNamespace) -> None:
     from accelerate.utils import release_memory
     release_memory()  # The server wants the GPU for itself.
-    rows = [row for row in lab.rows.values() if row["status"] == "ok"]
+    rows = [x for x in collect_results(lab)["variants"] if x["status"] == "ok"]
     if all(row["status"] == "ok" and row["engine"] == lab.engine
            and row["drift"] <= DRIFT for row in map(as_served, rows)):
         return
@@ -905,9 +908,10 @@ def name_model(lab: SimpleNamespace) -> dict:
     name, card = lab.options.model, {}
     with contextlib.suppress(Exception):  # Not all have one, or one that can be read.
         card = ModelCard.load(lab.model_folder / "README.md").data.to_dict()
-    base = card.get("base_model") if find_path(name) else name
-    return dict(model_name=lab.model_folder.resolve().name if find_path(name) else name,
-                base_model=base, license=card.get("license"))
+    base, licence = card.get("base_model"), card.get("license")
+    local = lab.model_folder.resolve().name if find_path(name) else None
+    return dict(model_name=local or name, base_model=base if local else name,
+                license=licence and str(licence))
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     chats, prompts = lab.options.calibration_data, [x.tolist() for x in lab.prompts]
@@ -1025,9 +1029,10 @@ the best: one user waiting (latency), many at once (the largest batch that fitte
 least memory, nothing may change (least KLD, the baseline left out). Those whose ranges,
 widened by 1 %, meet the best one's cannot be told from it; the closest by KLD comes
 first. By KLD, variants are compared window by window, as all score the same tokens: the
-interval of the difference decides. What is noisy is not ranked. Where `--vllm` measured
-and did not drift, its times decide, and what it could not serve is left out. A range
-shows the jitter of one process, not what another day or a warm GPU would add.
+interval of the difference decides. What is noisy is not ranked. Where `--vllm` tried
+all that is finished and did not drift, its times decide, and its KV tokens; what it
+could not serve is left out. A range shows the jitter of one process, not what another
+day or a warm GPU would add.
 
 The advice is what most of the first three goals name, the first in a draw; on a CPU
 memory alone counts. A note tells where KLD and perplexity disagree threefold."""
@@ -1068,7 +1073,6 @@ def read_figure(row: dict, key: str) -> Cell:
     return Cell("", middle, low, high, "min" in x, noisy)
 
 def render_cell(row: dict, column: tuple) -> str:
-    """Return a figure as text; of a noisy timing, which has no rank, only its range."""
     _, key, digits, unit = column
     word, middle, low, high, ranged, noisy = read_figure(row, key)
     places = digits if abs(middle or 0) * unit < 1000 else 0  # Of the ends, too.
@@ -1096,7 +1100,7 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
 # %%
 def render_tables(results: dict, rows: list[dict]) -> str:
     config, begin = results["config"], results["inputs"]["window_begin"]
-    done = next((row for row in rows if row["status"] == "ok"), ROW)
+    done = max(rows, key=lambda x: (x["tokens_scored"] or 0, x["prompt_tokens"] or 0))
     begin, new = begin and f", each begun with {quote(begin)}", config["new_tokens"]
     protocol = (
         f"{quote(Path(config['eval_text']).name)}, {done['tokens_scored'] or 0:,} "
@@ -1122,7 +1126,6 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     return "\n\n".join([fill(protocol), *tables])
 
 def relate(row: dict, base: dict, key: str) -> float:
-    """Return the ratio of two figures; 0 where one is not there, or too noisy."""
     mine, theirs = read_figure(row, key), read_figure(base, key)
     is_sure = mine.middle and theirs.middle and not (mine.noisy or theirs.noisy)
     return mine.middle / theirs.middle if is_sure else 0
@@ -1156,12 +1159,12 @@ def find_loss(row: dict) -> float:
 # %%
 def choose_rows(results: dict) -> tuple[list[dict], dict, str]:
     """Return finished rows, the baseline, and whose times decide, "" if none do."""
-    rows, cuda = results["variants"], results["machine"]["device"] == "cuda"
-    served, loop = list(map(as_served, rows)), "this script's loop" if cuda else ""
-    if any(row["status"] == "ok" and row["drift"] <= DRIFT for row in served):
-        rows = [row for row in served if row["engine"]]
-        loop = rows[0]["engine"]
-    rows = [{**row} for row in rows if row["status"] == "ok"]
+    rows = [row for row in results["variants"] if row["status"] == "ok"]
+    served = [row for row in map(as_served, rows) if row["status"] == "ok"]
+    loop = "this script's loop" if results["machine"]["device"] == "cuda" else ""
+    if served and all(x["served"] for x in rows) and served[0]["drift"] <= DRIFT:
+        rows, loop = served, served[0]["engine"]
+    rows = [{**row} for row in rows]
     return rows, next((row for row in rows if row["label"] == BASELINE), ROW), loop
 
 def rank(rows: list[dict], key: str) -> tuple[list[dict], list[str]]:
@@ -1217,7 +1220,6 @@ def describe_change(row: dict, base: dict, loop: str) -> str:
 
 # %%
 def choose_variant(results: dict) -> tuple[str, str]:
-    """Return what is best for most goals but the last, and a sentence that says so."""
     rows, base, loop = choose_rows(results)
     most, goals = results["config"]["max_loss"], advise(results)[0 if loop else 2 : 3]
     named = [x for one in goals for x in (one["variant"], *one["ties"]) if x]
@@ -1227,7 +1229,7 @@ def choose_variant(results: dict) -> tuple[str, str]:
         if row["label"] == pick:
             return pick, describe_change(row, base, loop)
     others.sort(key=lambda row: row["kld"]["mean"])
-    lead = f"Keep {results['config']['dtype']}, nothing within {most:g} % is better"
+    lead = f"Keep {results['config']['dtype']}, no variant wins within {most:g} %"
     return pick, ". Closest is ".join([
         lead if rows else "Nothing was measured",
         *(describe_change(row, base, loop) for row in others[:1])])
@@ -1253,7 +1255,7 @@ def render_notes(results: dict) -> str:
                  row["runs_as"] and f"runs as: {row['runs_as']}"]
         if row["status"] == "ok" and row["label"] != BASELINE:
             loss, kld = find_loss(row), 100 * (raise_e(row["kld"]["mean"]) - 1)
-            notes.append(f"up to {loss:.1f} % more perplexity, {most:g} % allowed"
+            notes.append(f"perplexity {loss:+.1f} % at most, {most:g} % allowed"
                          if loss < math.inf else "too few windows for an interval")
             if kld > 3 * most >= 3 * loss or 3 * kld < most < loss < math.inf:
                 notes.append(f"its KLD disagrees, worth {kld:.1f} %: read completions")
@@ -1658,7 +1660,6 @@ def describe(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def usable(flag: str, value, advice: str):
-    """Turn any exception of the block into exit code 2 and a line that names both."""
     try:
         yield
     except Exception as error:
@@ -1700,7 +1701,6 @@ def show_progress(what: str, items) -> tqdm:
 # %%
 @contextlib.contextmanager
 def llmcompressor_session(model):
-    """Yield the lines of llmcompressor's log, with its rough edges taken off."""
     from llmcompressor import create_session
     from loguru import logger
     try:
@@ -1719,7 +1719,7 @@ def quote(text: str) -> str:
     text = one_line(text).replace("`", "'")
     # What could begin a block stays behind the word before when lines are filled.
     text = re.sub(r" (?=[<#>~=+*_|-]|\d+[.)])", "\u00a0", text)
-    return f"`{text}`" if re.search(r"[^\w\s.,:;()/'-]|://|www\.", text) else text
+    return f"`{text}`" if re.search(r"[^\w\s.,:;()/'-]|://|www\.|\b_", text) else text
 
 def fill(text: str, bullet: str = "") -> str:
     return textwrap.fill(text, 110, break_on_hyphens=False,
@@ -1727,7 +1727,7 @@ def fill(text: str, bullet: str = "") -> str:
 
 def render_card(results: dict) -> str:
     config, machine = results["config"], results["machine"]
-    words = [re.sub(r"(^|=)[/~.].*/", r"\1", x) for x in results["command"]]
+    words = [re.sub(r"(^|=)[/~.].*/(?=.)", r"\1", x) for x in results["command"]]
     versions = results["versions"] | dict(driver=machine["driver"])
     facts = dict(
         model=f"{results['model_name']}, {config['dtype']}, {config['execution']}",
@@ -1833,8 +1833,8 @@ def draw_summary(results: dict):
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     above.suptitle(textwrap.fill(choose_variant(results)[1], 66), fontsize=14)
-    facts = ("Below: ratio to the baseline, left is less; no dot: noise; users of 8,192. "
-             f"Hollow: over {most:g} % more perplexity. {results['model_name'][-30:]} "
+    facts = ("Below: ratio to the baseline, left is less, no dot is noise. "
+             f"Hollow: not surely within {most:g} %. {results['model_name'][-30:]} "
              f"({results['inputs']['model_files'][:7]}), perplexity "
              f"{render_cell(base, QUALITY[2])}; {results['machine']['name']}, "
              f"{results['created'][:10]}")
