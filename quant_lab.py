@@ -1100,7 +1100,7 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
 # %%
 def render_tables(results: dict, rows: list[dict]) -> str:
     config, begin = results["config"], results["inputs"]["window_begin"]
-    done = max(rows, key=lambda x: (x["tokens_scored"] or 0, x["prompt_tokens"] or 0))
+    done = max([ROW, *rows], key=lambda x: (bool(x["kld"]), x["prompt_tokens"] or 0))
     begin, new = begin and f", each begun with {quote(begin)}", config["new_tokens"]
     protocol = (
         f"{quote(Path(config['eval_text']).name)}, {done['tokens_scored'] or 0:,} "
