@@ -720,6 +720,7 @@ def cut_prompts(lab: SimpleNamespace) -> Tensor:
     ids = lab.windows[:, lab.unscored :].flatten()
     return ids[torch.arange(math.prod(size)) % len(ids)].view(size)
 
+# %%
 CONTEXT = 8192  # Tokens of a user whose keys and values are to fit.
 
 def count_kv_bytes(model, ids: Tensor) -> int:
@@ -730,7 +731,6 @@ def count_kv_bytes(model, ids: Tensor) -> int:
     held = tree_leaves([vars(layer) for layer in cache.layers])
     return round(sum(x.nbytes for x in held if isinstance(x, Tensor)) / CONTEXT)
 
-# %%
 def time_runs(model, prompts: Tensor, steps: int, repeats: int, compiled: bool) -> list:
     """Return seconds to the first and to the last token of each run; none if OOM."""
     with contextlib.suppress(torch.OutOfMemoryError):
@@ -959,17 +959,17 @@ def take_over(lab: SimpleNamespace) -> None:
             lab.marks[label] = fingerprint(SCHEMA, conditions, recipe)
     lab.rows = {row["label"]: ROW | row for row in rows}
 
-def benchmark_speed(label: str, lab: SimpleNamespace, packs: bool) -> dict:
+def benchmark_speed(label: str, lab: SimpleNamespace) -> dict:
     """Return speed and memory of a checkpoint, or what hinders measuring them."""
     options, prompts, is_base = lab.options, cut_prompts(lab), label == BASELINE
-    compiled = lab.device.type == "cuda" and packs and not options.no_compile
     try:
         model = place_model(lab.output / "checkpoints" / label, options, lab.device)
+        compiled = lab.device.type == "cuda" and model.packs and not options.no_compile
         speed = measure_speed(model, prompts.to(model.device), options, compiled)
         packed = [m for m in model.modules() if isinstance(m, PackedLinear)
                   and (m.kind != "dense" or is_base)]  # lm_head says nothing.
-        routes = {m.choose_route(n).value: n for m in packed
-                  for n in (prompts.shape[1], *options.batch_sizes)}
+        routes = dict.fromkeys(m.choose_route(n).value for m in packed
+                               for n in (prompts.shape[1], *options.batch_sizes))
         how = [*routes, "compiled" if compiled else "not compiled"]
         how += [] if packed or is_base else ["emulated in 16 bits"]
         return speed | dict(runs_as=", ".join(how))
@@ -1005,9 +1005,9 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             model = place_model(folder, lab.options, lab.device)
             row |= measure_quality(model, lab)
             row["weights_memory_bytes"] = model.get_memory_footprint()
-            packs, model = model.packs, None  # To be freed.
+            model = None  # To be freed.
             say("timing")
-            row |= benchmark_speed(label, lab, packs) | dict(status="ok")
+            row |= benchmark_speed(label, lab) | dict(status="ok")
         except Exception as error:
             tip = f"; {steps[-1]}: less --window, --calibration-length, smaller --model"
             row["error"] = describe(error) + (tip if lacks_memory(error) else "")
@@ -1209,6 +1209,7 @@ def advise(results: dict) -> list[dict]:
                            why="; ".join(why) or "nothing that could be ranked"))
     return advice
 
+# %%
 def describe_change(row: dict, base: dict, loop: str) -> str:
     changes = [(relate(row, base, key), less, more) for key, less, more in (
         ("weight_bytes", "smaller", "larger"),
@@ -1218,7 +1219,6 @@ def describe_change(row: dict, base: dict, loop: str) -> str:
              for x, less, more in changes if x and abs(x - 1) >= 5e-4]
     return ": ".join(filter(None, [name_variant(row["label"]), ", ".join(words)]))
 
-# %%
 def choose_variant(results: dict) -> tuple[str, str]:
     rows, base, loop = choose_rows(results)
     most, goals = results["config"]["max_loss"], advise(results)[0 if loop else 2 : 3]
@@ -1760,11 +1760,10 @@ def render_model_card(row: dict, results: dict) -> str:
     base, name = results["base_model"], results["model_name"]
     title, is_base = f"{name}, {row['scheme']}", row["label"] == BASELINE
     text = Path(results["config"]["eval_text"]).name
-    measured = [EvalResult(
-        "text-generation", text, text, "perplexity", row["perplexity"])]
+    result = EvalResult("text-generation", text, text, "perplexity", row["perplexity"])
     data = ModelCardData(
         base_model=base, license=results["license"], library_name="transformers",
-        model_name=title, eval_results=measured,
+        model_name=title, eval_results=[result],
         base_model_relation="quantized" if base == name and not is_base else None,
         tags=None if is_base else ["compressed-tensors", "llmcompressor"])
     rows = [x for x in results["variants"] if x["label"] in (BASELINE, row["label"])]

@@ -286,7 +286,7 @@ def test_a_format_without_a_kernel_runs_emulated_and_says_so(
     folder, ids = lab.output / "checkpoints" / scheme, draw_prompts(2)
     model = quant_lab.place_model(folder, quant_lab.Options(), torch.device("cpu"))
     assert not model.packs and not packed_linears(model)
-    assert quant_lab.benchmark_speed(scheme, lab, False)["runs_as"] == (
+    assert quant_lab.benchmark_speed(scheme, lab)["runs_as"] == (
         "not compiled, emulated in 16 bits")
     wanted, logits = load_plain(folder)(ids).logits, model(ids).logits
     assert torch.equal(logits, wanted)
@@ -514,8 +514,7 @@ def on_gpu(labs, monkeypatch):
         folder, options, torch.device("cpu")))
     lab = vary(labs[True], device=torch.device("cuda", 0))
     return lambda label, **changes: quant_lab.benchmark_speed(
-        label, vary(lab, options=replace(lab.options, **changes)),
-        changes.get("execution") != "emulated")
+        label, vary(lab, options=replace(lab.options, **changes)))
 
 
 def test_where_compiling_fails_there_is_no_speed(on_gpu, monkeypatch):
@@ -578,7 +577,7 @@ def test_prompts_are_the_evaluation_text(labs, monkeypatch):
     for windows, context, wanted in ((7, 2048, 512), (3, 2048, 512), (7, 100, 96)):
         ids = torch.arange(windows * 102).view(windows, 102)
         found = quant_lab.benchmark_speed(
-            quant_lab.BASELINE, vary(lab, windows=ids, context=context), True)["prompts"]
+            quant_lab.BASELINE, vary(lab, windows=ids, context=context))["prompts"]
         text = [token for token in range(windows * 102) if token % 102 >= 2]
         assert found.tolist() == [
             [text[(wanted * number + place) % len(text)] for place in range(wanted)]
@@ -765,7 +764,7 @@ def test_timing_leaves_nothing_on_a_gpu(labs, monkeypatch):
     lab = vary(labs[True], device=torch.device("cuda", 0))
     made, held = note_models(monkeypatch), []
     for label in ALL + ALL:
-        row = quant_lab.benchmark_speed(label, lab, True)
+        row = quant_lab.benchmark_speed(label, lab)
         assert row["runs_as"].split(", ")[-1] == "compiled", row["runs_as"]
         release_memory()
         assert made[-1]() is None
