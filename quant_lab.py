@@ -926,12 +926,11 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
     machine = dict(name=f"{[*cpus, os.uname().machine][0]}, {os.cpu_count()} cores",
                    device=lab.device.type, threads=torch.get_num_threads(), driver=None,
-                   compute_capability=None, memory_bytes=psutil.virtual_memory().total)
+                   memory_bytes=psutil.virtual_memory().total)
     if lab.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(lab.device)
         query = "nvidia-smi -i 0 --query-gpu=driver_version --format=csv,noheader"
         machine |= dict(name=gpu.name, memory_bytes=gpu.total_memory,
-                        compute_capability=f"{gpu.major}.{gpu.minor}",
                         driver=subprocess.getoutput(query))
     config = json.loads(json.dumps(asdict(lab.options)))
     return name_model(lab) | dict(
