@@ -1009,7 +1009,8 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             row |= benchmark_speed(label, lab) | dict(status="ok")
         except Exception as error:
             tip = f"; {steps[-1]}: less --window, --calibration-length, smaller --model"
-            row["error"] = describe(error) + (tip if lacks_memory(error) else "")
+            lacks_memory = re.search("memory|_alloc", describe(error), re.I)
+            row["error"] = describe(error) + (tip if lacks_memory else "")
             shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
             with contextlib.suppress(OSError):  # The disk may be full.
                 traceback.print_exc()
@@ -1680,10 +1681,6 @@ def fingerprint(*parts) -> str:
 def hash_files(folder: Path) -> dict[str, str]:
     return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
             for file in (folder, *folder.glob("*")) if file.is_file()}
-
-def lacks_memory(error: BaseException):
-    refusal = "MemoryError|out of memory|t allocate memory|bad_alloc|ALLOC_FAILED"
-    return re.search(refusal, f"{error!r} {error.__cause__!r}", re.I)
 
 @contextlib.contextmanager
 def libraries_to(log: Path):
