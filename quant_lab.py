@@ -1689,10 +1689,9 @@ def libraries_to(log: Path):
         yield
 
 def show_progress(what: str, items) -> tqdm:
-    seconds, end = (0.1, "") if OUTPUT.isatty() else (60, "\n")
-    return tqdm(items, what, file=OUTPUT, leave=bool(end), mininterval=seconds,
-                delay=max(10, seconds), maxinterval=max(10, seconds),
-                bar_format="{l_bar}{bar}{r_bar}" + end)
+    log = dict(mininterval=60, maxinterval=60, bar_format="{l_bar}{bar}{r_bar}\n")
+    style = dict(leave=False) if OUTPUT.isatty() else log
+    return tqdm(items, what, file=OUTPUT, delay=10, **style)
 
 # %%
 @contextlib.contextmanager
