@@ -652,8 +652,9 @@ def now() -> float:
         torch.cuda.synchronize()
     return time.perf_counter()
 
-def summarize(x: list[float]) -> dict:
-    return dict(median=statistics.median(x), min=min(x), max=max(x), samples=x)
+def summarize(x: list[float]) -> dict | None:
+    if x:
+        return dict(median=statistics.median(x), min=min(x), max=max(x), samples=x)
 
 def summarize_runs(batch: int, steps: int, runs: list) -> tuple[dict, dict]:
     itl = [(last - first) / steps for first, last in runs]
@@ -750,13 +751,10 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
     compile_layers(model, compiled)
     for batch in show_progress("timing", options.batch_sizes):
         runs = time_runs(model, prompts[:batch], steps, options.repeats, compiled)
-        if not runs and not decode:
+        if not runs and batch == 1:
             raise MemoryError("out of memory: one sequence does not fit")
-        if not runs:
-            decode.append(dict.fromkeys(decode[0]) | dict(batch=batch, error="OOM"))
-            continue
         waits, figures = summarize_runs(batch, steps, runs)
-        decode.append(figures)
+        decode.append(figures if runs else figures | dict(error="OOM"))
         if batch == 1:
             speed |= waits
         if batch == 1 and prompts.is_cuda:
@@ -768,7 +766,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
         text = prompts.flatten().repeat(1 + tokens // prompts.numel())[None, :tokens]
         runs = time_runs(model, text, 0, options.repeats, compiled)
         prefill.append(dict(prompt_tokens=tokens, error=None if runs else "OOM",
-                            ttft_s=summarize([x for x, _ in runs]) if runs else None))
+                            ttft_s=summarize([x for x, _ in runs])))
     return speed
 
 # %% [markdown]
