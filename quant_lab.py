@@ -724,13 +724,14 @@ def cut_prompts(lab: SimpleNamespace) -> Tensor:
 # %%
 CONTEXT = 8192  # Tokens of a user whose keys and values are to fit.
 
-def count_kv_bytes(model, ids: Tensor) -> int:
-    """Return bytes a token of a cache of CONTEXT, all kinds of layers together."""
+def count_kv_bytes(model, ids: Tensor) -> int | None:
+    """Return bytes a token of a cache of CONTEXT, all kinds of layers; None if OOM."""
     from transformers.cache_utils import StaticCache
-    cache = StaticCache(model.config, CONTEXT)
-    model(input_ids=ids, past_key_values=cache)  # Makes its tensors.
-    held = tree_leaves([vars(layer) for layer in cache.layers])
-    return round(sum(x.nbytes for x in held if isinstance(x, Tensor)) / CONTEXT)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        cache = StaticCache(model.config, CONTEXT)
+        model(input_ids=ids, past_key_values=cache)  # Makes its tensors.
+        held = tree_leaves([vars(layer) for layer in cache.layers])
+        return round(sum(x.nbytes for x in held if isinstance(x, Tensor)) / CONTEXT)
 
 def time_runs(model, prompts: Tensor, steps: int, repeats: int, compiled: bool) -> list:
     """Return seconds to the first and to the last token of each run; none if OOM."""
@@ -743,9 +744,7 @@ def time_runs(model, prompts: Tensor, steps: int, repeats: int, compiled: bool) 
 def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> dict:
     """Return speed and memory of continuing prompts [n, tokens], batch by batch."""
     steps, decode, prefill = options.new_tokens - 1, [], []
-    kv = None  # Where not even the cache of one user fits.
-    with contextlib.suppress(torch.OutOfMemoryError):
-        kv = count_kv_bytes(model, prompts[:1, :1])
+    kv = count_kv_bytes(model, prompts[:1, :1])
     speed = dict(prompt_tokens=prompts.shape[1], decode=decode, prefill=prefill,
                  kv_bytes_per_token=kv)
     compile_layers(model, compiled)
