@@ -605,6 +605,7 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
         perplexity=perplexity["value"], perplexity_interval=perplexity,
         perplexity_ratio=estimate(losses - reference.losses.view_as(losses), raise_e),
         tokens_scored=losses.numel(), window_losses=losses.mean(1).tolist(),
+        weights_memory_bytes=model.get_memory_footprint(),
         top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
         kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
             max=kld.max().item(), tokens=kld.numel(), windows=kld.mean(1).tolist()),
@@ -998,10 +999,7 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             say("quantizing")
             row |= read_checkpoint(label, lab) or quantize_variant(label, lab)
             say("scoring")
-            model = place_model(folder, lab.options, lab.device)
-            row |= measure_quality(model, lab)
-            row["weights_memory_bytes"] = model.get_memory_footprint()
-            model = None  # To be freed.
+            row |= measure_quality(place_model(folder, lab.options, lab.device), lab)
             say("timing")
             row |= benchmark_speed(label, lab) | dict(status="ok")
         except Exception as error:
