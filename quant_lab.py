@@ -1219,15 +1219,14 @@ def choose_variant(results: dict) -> tuple[str, str]:
     most, goals = results["config"]["max_loss"], advise(results)[0 if loop else 2 : 3]
     named = [x for one in goals for x in (one["variant"], *one["ties"]) if x]
     pick = max(named, key=named.count, default=BASELINE)  # Of a draw, the first.
-    others = [row for row in rows if row is not base]
-    for row in others:
-        if row["label"] == pick:
-            return pick, describe_change(row, base, loop)
-    others.sort(key=lambda row: row["kld"]["mean"])
+    others = sorted((row for row in rows if row is not base), key=lambda row: (
+        row["label"] != pick, row["kld"]["mean"]))
+    changes = [describe_change(row, base, loop) for row in others[:1]]
+    if pick != BASELINE:
+        return pick, changes[0]
     lead = f"Keep {results['config']['dtype']}, no variant wins within {most:g} %"
-    return pick, ". Closest is ".join([
-        lead if rows else "Nothing was measured",
-        *(describe_change(row, base, loop) for row in others[:1])])
+    lead = lead if rows else "Nothing was measured"
+    return pick, ". Closest is ".join([lead, *changes])
 
 def render_advice(results: dict, folder="checkpoints") -> str:
     lines, (pick, sentence) = [], choose_variant(results)
