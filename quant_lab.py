@@ -1154,12 +1154,11 @@ def find_loss(row: dict) -> float:
 # %%
 def choose_rows(results: dict) -> tuple[list[dict], dict, str]:
     """Return finished rows, the baseline, and whose times decide, "" if none do."""
-    rows = [row for row in results["variants"] if row["status"] == "ok"]
+    rows = [dict(row) for row in results["variants"] if row["status"] == "ok"]
     served = [row for row in map(as_served, rows) if row["status"] == "ok"]
     loop = "this script's loop" if results["machine"]["device"] == "cuda" else ""
     if served and all(x["served"] for x in rows) and served[0]["drift"] <= DRIFT:
         rows, loop = served, served[0]["engine"]
-    rows = [{**row} for row in rows]
     return rows, next((row for row in rows if row["label"] == BASELINE), ROW), loop
 
 def rank(rows: list[dict], key: str) -> tuple[list[dict], list[str]]:
