@@ -352,10 +352,8 @@ def read_chats(name: str) -> list:
         if line.strip() or not text.strip():  # Of a blank file, line 1 is none.
             try:
                 found.append(read_chat(json.loads(line)))
-            except ValueError as error:
-                raise ValueError(f"{unit} {number}: {getattr(error, 'msg', error)}")
-            except (AttributeError, KeyError, TypeError, RecursionError):
-                raise ValueError(f"{unit} {number}: no chat: {line[:80]}") from None
+            except Exception as error:
+                raise ValueError(f"{unit} {number}: {describe(error)}: {line[:80]}")
     return found
 
 # %%
