@@ -400,9 +400,8 @@ def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, 
     if window > context or not 0 < size <= len(ids):
         stop(f"--window {window}: at most {context} (context) or {len(ids)} ({source})")
     at = range(0, len(ids) - size + 1, size)[: options.max_windows or None]
-    windows = torch.tensor([begin + ids[i : i + size] for i in at])
     print(f"evaluation   {source}: {len(ids):,} tokens, {len(at)} windows of {window}")
-    return windows, begin
+    return torch.tensor([begin + ids[i : i + size] for i in at]), begin
 
 # %% [markdown]
 """## Quantize
