@@ -756,9 +756,8 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
             speed |= waits
         if batch == 1 and prompts.is_cuda:
             peak = torch.cuda.max_memory_allocated()
-            room = 0.9 * torch.cuda.get_device_properties(0).total_memory - peak
-            room = kv and int(max(0, room) / kv)
-            speed |= dict(peak_memory_bytes=peak, kv_tokens=room)
+            room = max(0, 0.9 * torch.cuda.get_device_properties(0).total_memory - peak)
+            speed |= dict(peak_memory_bytes=peak, kv_tokens=kv and int(room / kv))
     for tokens in options.prompt_lengths:
         text = prompts.flatten().repeat(1 + tokens // prompts.numel())[None, :tokens]
         runs = time_runs(model, text, 0, options.repeats, compiled)
