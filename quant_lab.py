@@ -50,7 +50,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -920,7 +919,7 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
     machine = dict(name=f"{[*cpus, os.uname().machine][0]}, {os.cpu_count()} cores",
                    device=lab.device.type, threads=torch.get_num_threads(), driver=None,
-                   memory_bytes=psutil.virtual_memory().total)
+                   memory_bytes=os.sysconf("SC_PAGESIZE") * os.sysconf("SC_PHYS_PAGES"))
     if lab.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(lab.device)
         query = "nvidia-smi -i 0 --query-gpu=driver_version --format=csv,noheader"
