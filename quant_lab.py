@@ -1042,7 +1042,7 @@ def as_served(row: dict) -> dict:
     served = row.get("served") or SERVED
     failed = dict(status="failed") if served["error"] else {}
     drift = math.inf if served["drift"] is None else served["drift"]  # Not compared.
-    return row | served | failed | dict(drift=drift)
+    return row | served | failed | dict(drift=drift, prefill=None)
 
 def read_figure(row: dict, key: str) -> Cell:
     """Return a figure of a row, or a word that says why there is none."""
@@ -1754,69 +1754,63 @@ def render_model_card(row: dict, results: dict) -> str:
         "nothing is known. recipe.yaml, if any, says how it was quantized; `vllm serve "
         ".` serves it."), render_card(results), render_tables(results, rows)]) + "\n"
 
-def list_panels(results: dict) -> list[tuple]:
+def list_ratios(results: dict, base: dict) -> list[tuple]:
+    """Return name, key and view of a row for each figure that the baseline has."""
     config, is_gpu = results["config"], results["machine"]["device"] == "cuda"
-    keys = {f"batch {n}": f"itl_ms@{n}" for n in config["batch_sizes"][1:][-1:]}
-    keys = {"one user": "latency_s", **keys}
-    served = dict(keys) if any(row["served"] for row in results["variants"]) else {}
+    keys = {"one user": "latency_s"}
+    keys |= {f"batch {n}": f"itl_ms@{n}" for n in config["batch_sizes"][1:][-1:]}
     keys |= {f"prompt {n:,}": f"ttft_s@{n}" for n in config["prompt_lengths"][-1:]}
-    return [("memory", dict, COST[0][1]),
-            *((title, dict, key) for title, key in keys.items() if is_gpu),
-            *((f"{title}\nin a server", as_served, served[title]) for title in served)]
+    views = [("", dict)] * is_gpu + [(", served", as_served)]
+    lines = [("memory", COST[0][1], dict)]
+    lines += [(name + end, keys[name], view) for name in keys for end, view in views]
+    return [line for line in lines if read_figure(line[2](base), line[1]).middle]
 
 # %%
 def draw_summary(results: dict):
-    """Draw quality over size; below it memory and times of each variant by ratio."""
+    """Draw quality over size; below it memory and times, as ratios to the baseline."""
     from matplotlib.figure import Figure
     rows, most = results["variants"], results["config"]["max_loss"]
-    panels = list_panels(results)
     base = next((row for row in rows if row["label"] == BASELINE), ROW)
-    colors = {row["label"]: f"C{n}" for n, row in enumerate(rows)} | {BASELINE: "black"}
-    figure = Figure(figsize=(9, 6 + 0.4 * len(rows)), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=[4.2, 1.8 + 0.4 * len(rows)])
-    axes, done = above.subplots(), [row for row in rows if row["status"] == "ok"]
-    for k, row in enumerate(sorted(done, key=lambda row: row["kld"]["mean"])):
-        color, kld = colors[row["label"]], read_figure(row, "kld")
-        point = row["weight_bytes"] / 1e6, kld.middle
-        axes.plot([point[0]] * 2, [kld.low, kld.high], color=color)
-        axes.plot(*point, "o", color=color, markersize=9,
-                  mfc=color if find_loss(row) <= most else "white")
+    lines = list_ratios(results, base)
+    height = len(lines) * (0.15 + 0.07 * len(rows))
+    figure = Figure(figsize=(8, 5.6 + height), layout="constrained")
+    parts = figure.subfigures(2, 1, height_ratios=[4.2, 0.6 + height])
+    above, below = [part.subplots() for part in parts]
+    order = sorted(rows, key=lambda row: row["kld"]["mean"] if row["kld"] else -1)
+    for k, row in enumerate(order):
+        name, up = name_variant(row["label"]), (k + 0.5) / len(rows)
+        color = "black" if row is base else f"C{rows.index(row)}"
+        style = dict(color=color, va="center")
+        if row["status"] != "ok":
+            above.text(1.03, up, f"{name}, failed", transform=above.transAxes, **style)
+            continue
+        size, kld = row["weight_bytes"] / 1e6, read_figure(row, "kld")
+        above.plot([size] * 3, [kld.low, kld.middle, kld.high], "o-", color=color, ms=9,
+                   mfc=color if find_loss(row) <= most else "white", markevery=[1])
+        room = "" if row["kv_tokens"] is None else f", {render_cell(row, USERS)} users"
         loss = 100 * (row["perplexity_ratio"]["value"] - 1)
-        text = f"{name_variant(row['label'])}\nperplexity {loss:+.1f} %"
-        axes.annotate(text, point, (1.05, (k + 0.5) / len(done)), color=color,
-                      textcoords="axes fraction", va="center",
-                      arrowprops=dict(arrowstyle="-", color=color, linewidth=0.6))
-    axes.set_yscale("symlog", linthresh=1e-5)
-    axes.set(xlabel="MB on disk", ylabel="KLD to original, nats", ylim=(-2e-6, None))
-    names = []
-    for row in rows:
-        memory = f"{render_cell(row, COST[0])} MB" if row in done else "failed"
-        users = "" if row["kv_tokens"] is None else f", {render_cell(row, USERS)} users"
-        names.append(f"{name_variant(row['label'])}\n{memory}{users}")
-    grid = below.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, view, key) in zip(grid, panels):
-        theirs = read_figure(view(base), key).middle
-        for y, row in enumerate(map(view, rows)):
-            mine, color = read_figure(row, key), colors[row["label"]]
-            if mine.word or not theirs:
-                axes.text(0.5, y, mine.word.strip("–") or "not known", color=color,
-                          ha="center", transform=axes.get_yaxis_transform(),
-                          va="center", bbox=dict(color="white", pad=1), zorder=3)
-                continue
-            axes.plot([mine.low / theirs, mine.high / theirs], [y, y], color=color)
-            if ratio := relate(row, view(base), key):
-                axes.plot(ratio, y, "o", color=color)
-        axes.axvline(1, color="black", linestyle=":", zorder=0)
-        axes.set(title=title, xmargin=0.15)
-    axes.set_yticks(range(len(rows)), names)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    above.suptitle(textwrap.fill(choose_variant(results)[1], 66), fontsize=14)
-    facts = ("Below: ratio to the baseline, left is less, no dot is noise. "
-             f"Hollow: not surely within {most:g} %. {results['model_name'][-30:]} "
-             f"({results['inputs']['model_files'][:7]}), perplexity "
-             f"{render_cell(base, QUALITY[2])}; {results['machine']['name']}, "
-             f"{results['created'][:10]}")
-    below.supxlabel(textwrap.fill(one_line(facts), 105), fontsize=9, parse_math=False)
+        above.annotate(
+            f"{name}, {render_cell(row, COST[0])} MB{room}\nperplexity {loss:+.1f} %",
+            (size, kld.middle), (1.03, up), textcoords="axes fraction", **style,
+            arrowprops=dict(arrowstyle="-", color=color, relpos=(0, 0.5)))
+        for y, (_, key, view) in enumerate(lines):
+            mine, theirs = read_figure(view(row), key), read_figure(view(base), key)
+            if not mine.word:
+                x = [end / theirs.middle for end in (mine.low, mine.middle, mine.high)]
+                dot = "o" if relate(view(row), view(base), key) else ""
+                below.plot(x, [y + 0.4 - 0.8 * up] * 3, color=color, marker=dot,
+                           markevery=[1], ms=5)
+    above.set_yscale("symlog", linthresh=1e-5)
+    above.set(ylabel="KLD to original, nats", ylim=(-2e-6, None),
+              xlabel=f"MB on disk; hollow: not surely within {most:g} % perplexity")
+    below.axvline(1, color="black", linestyle=":", zorder=0)
+    below.set_yticks(range(len(lines)), [name for name, *_ in lines])
+    below.set(xlabel="ratio to the baseline: left is less, no dot is noise",
+              ylim=(len(lines) - 0.4, -0.6), visible=bool(lines))
+    figure.suptitle(textwrap.fill(choose_variant(results)[1], 78), fontsize=12)
+    facts = (f"{results['model_name'][-30:]} ({results['inputs']['model_files'][:7]}), "
+             f"{results['machine']['name']}, {results['created'][:10]}")
+    figure.supxlabel(textwrap.fill(one_line(facts), 95), fontsize=9, parse_math=False)
     return figure
 
 def collect_results(lab: SimpleNamespace) -> dict:
