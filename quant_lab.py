@@ -1144,32 +1144,23 @@ def find_loss(row: dict) -> float:
 
 # %%
 def choose_rows(results: dict) -> tuple[list[dict], dict, str]:
-    """Return finished rows, the baseline, and whose times decide, "" if none do."""
+    """Return finished rows by KLD, the baseline, and whose times decide, "" if none."""
     rows = [dict(row) for row in results["variants"] if row["status"] == "ok"]
+    rows.sort(key=lambda row: row["kld"]["mean"])
     served = [row for row in map(as_served, rows) if row["status"] == "ok"]
     loop = "this script's loop" if results["machine"]["device"] == "cuda" else ""
     if served and all(x["served"] for x in rows) and served[0]["drift"] <= DRIFT:
         rows, loop = served, served[0]["engine"]
     return rows, next((row for row in rows if row["label"] == BASELINE), ROW), loop
 
-def rank(rows: list[dict], key: str) -> tuple[list[dict], list[str]]:
-    """Return rows that may have the least, by KLD, and labels too noisy to rank."""
-    figures = [(row, read_figure(row, key)) for row in rows]
-    sure = [(row, x) for row, x in figures if x.low is not None and not x.noisy]
-    bar = 1.01 * min((x.high for _, x in sure), default=0)
-    best = [row for row, x in sure if 0.99 * x.low <= bar]
-    best.sort(key=lambda row: row["kld"]["mean"])
-    return best, [row["label"] for row, x in figures if x.noisy]
-
 def advise(results: dict) -> list[dict]:
     """Return for each goal what to take, why, and what cannot be told from it."""
-    rows, base, loop = choose_rows(results)
+    (rows, base, loop), advice = choose_rows(results), []
     rows = [row for row in rows if find_loss(row) <= results["config"]["max_loss"]]
-    others, advice = [row for row in rows if row is not base] or rows[:], []
-    klds = torch.tensor([row["kld"]["windows"] for row in others]).double()
-    gaps = klds - klds[klds.mean(-1).argmin()] if others else ()
-    for row, gap in zip(others, gaps):
-        row["gap"] = estimate(gap[:, None])  # Paired, to the closest of them.
+    others = [row for row in rows if row is not base] or rows
+    for row in others:  # Paired, to the closest of them.
+        klds = [x["kld"]["windows"] for x in (others[0], row)]
+        row["gap"] = estimate(torch.tensor(klds).double().diff(dim=0).T)
     sizes = [x["batch"] for row in rows for x in row["decode"] or () if x["tok_s"]]
     n = max(sizes, default=1)
     loop = loop or "this script, on a CPU, where no format has kernels"
@@ -1180,7 +1171,10 @@ def advise(results: dict) -> list[dict]:
         ("least memory", rows, COST[0][1], ("MB of weights", *COST[0][1:])),
         ("nothing may change", others, "gap", ("nats of KLD", *QUALITY[3][1:])))
     for goal, among, key, column in goals:
-        (best, noisy), why = rank(among, key), []
+        figures = [(row, read_figure(row, key)) for row in among]
+        sure = [(row, x) for row, x in figures if x.low is not None and not x.noisy]
+        bar = 1.01 * min((x.high for _, x in sure), default=0)
+        best, why = [row for row, x in sure if 0.99 * x.low <= bar], []
         for row in best[:1]:
             why.append(f"{render_cell(row, column)} {column[0]}")
             if row is not base and relate(row, base, column[1]):
@@ -1188,35 +1182,32 @@ def advise(results: dict) -> list[dict]:
             if goal == "least memory" and row["kv_tokens"] is not None:
                 room = {x["label"]: render_cell(x, USERS) for x in (row, base)}
                 why.append(f"room for {', baseline '.join(room.values())} {USERS[0]}")
-        why += [f"too noisy to rank: {', '.join(noisy)}"] if noisy else []
+        noisy = ", ".join(row["label"] for row, x in figures if x.noisy)
+        why += [f"too noisy to rank: {noisy}"] if noisy else []
         label, *ties = [row["label"] for row in best] or [None]
         advice.append(dict(goal=goal, variant=label, ties=ties,
                            why="; ".join(why) or "nothing that could be ranked"))
     return advice
 
 # %%
-def describe_change(row: dict, base: dict, loop: str) -> str:
-    changes = [(relate(row, base, key), less, more) for key, less, more in (
-        ("weight_bytes", "smaller", "larger"),
-        ("perplexity_ratio", "less perplexity", "more perplexity"),
-        (loop and "latency_s", "less latency", "more latency"))]
-    words = [f"{100 * abs(x - 1):.1f} % {more if x > 1 else less}"
-             for x, less, more in changes if x and abs(x - 1) >= 5e-4]
-    return ": ".join(filter(None, [name_variant(row["label"]), ", ".join(words)]))
-
-def choose_variant(results: dict) -> tuple[str, str]:
+def choose_variant(results: dict) -> tuple[str | None, str]:
+    """Return what most goals name, and how it, or else the closest one, differs."""
     rows, base, loop = choose_rows(results)
-    most, goals = results["config"]["max_loss"], advise(results)[0 if loop else 2 : 3]
-    named = [x for one in goals for x in (one["variant"], *one["ties"]) if x]
-    pick = max(named, key=named.count, default=BASELINE)  # Of a draw, the first.
-    others = sorted((row for row in rows if row is not base), key=lambda row: (
-        row["label"] != pick, row["kld"]["mean"]))
-    changes = [describe_change(row, base, loop) for row in others[:1]]
-    if pick != BASELINE:
-        return pick, changes[0]
-    lead = f"Keep {results['config']['dtype']}, no variant wins within {most:g} %"
-    lead = lead if rows else "Nothing was measured"
-    return pick, ". Closest is ".join([lead, *changes])
+    named = [label for one in advise(results)[0 if loop else 2 : 3]
+             for label in (one["variant"], *one["ties"]) if label]
+    pick = max(named, key=named.count, default=None)  # Of a draw, the first.
+    most, dtype = results["config"]["max_loss"], results["config"]["dtype"]
+    told, parts = [row for row in rows if row["label"] == pick != BASELINE], []
+    if not told:
+        parts = [f"Keep {dtype}, no variant wins within {most:g} %"]
+        told = [row for row in rows if row is not base]
+    keys = dict(size="weight_bytes", perplexity="perplexity_ratio",
+                latency=loop and "latency_s")
+    for row in told[:1]:
+        ratios = {name: relate(row, base, key) for name, key in keys.items()}
+        words = [f"{name} {100 * x - 100:+.1f} %" for name, x in ratios.items() if x]
+        parts.append(", ".join([name_variant(row["label"]), *words]))
+    return pick, ". Closest is ".join(parts if rows else ["Nothing was measured"])
 
 def render_advice(results: dict, folder="checkpoints") -> str:
     lines, (pick, sentence) = [], choose_variant(results)
@@ -1224,15 +1215,14 @@ def render_advice(results: dict, folder="checkpoints") -> str:
         labels = [label for label in (one["variant"], *one["ties"]) if label]
         names = " or ".join(map(name_variant, labels)) or "unknown"
         lines.append(fill(f"{one['goal']}: **{names}**, {one['why']}", "- "))
-    command = [f"    vllm serve {folder}/{pick}" for row in choose_rows(results)[0]
-               if row["label"] == pick]
+    command = [f"    vllm serve {folder}/{pick}"] if pick else []
     return "\n\n".join(["\n".join(lines), fill(f"**{sentence}.**"), *command])
 
 def render_notes(results: dict) -> str:
     lines, most = [], results["config"]["max_loss"]
     for row in results["variants"]:
-        error, fell, unserved = row["error"], row["rtn_fallbacks"], row["served"] or {}
-        unserved = unserved.get("error")
+        error, fell, served = row["error"], row["rtn_fallbacks"], row["served"] or SERVED
+        unserved = served["error"]
         notes = [error and f"failed: {quote(error)}", *(row["notes"] or []),
                  fell and f"warning: {fell} modules fell back to rounding: --dampening",
                  unserved and f"not served: {quote(unserved)}",
