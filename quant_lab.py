@@ -1087,29 +1087,26 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
 def render_tables(results: dict, rows: list[dict]) -> str:
     config, begin = results["config"], results["inputs"]["window_begin"]
     done = max([ROW, *rows], key=lambda x: (bool(x["kld"]), x["prompt_tokens"] or 0))
-    begin, new = begin and f", each begun with {quote(begin)}", config["new_tokens"]
-    protocol = (
-        f"{quote(Path(config['eval_text']).name)}, {done['tokens_scored'] or 0:,} "
-        f"tokens in windows of {config['window']:,}{begin}. ±: half a 95 % interval. "
-        f"KLD: nats. Times: median (least–greatest) of {config['repeats']}, {new} new "
-        f"tokens after {done['prompt_tokens'] or 0}; noisy: not ranked.")
+    text, begin = Path(config["eval_text"]).name, begin and f" begun with {quote(begin)}"
+    parts = [fill(
+        f"{quote(text)}, {done['tokens_scored'] or 0:,} tokens in windows of "
+        f"{config['window']:,}{begin}. ±: half a 95 % interval. KLD: nats. Times: median "
+        f"(least–greatest) of {config['repeats']}, for {config['new_tokens']} tokens "
+        f"after {done['prompt_tokens'] or 0}; noisy: not ranked.")]
     batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
     lengths = [(f"TTFT of {n:,} ms", f"ttft_s@{n}", 1, 1000)
                for n in config["prompt_lengths"]]
     batches, lengths = ([columns[k : k + 3] for k in range(0, len(columns), 3)]
                         for columns in (batches[1:], lengths))
-    tables = [render_table(x, rows) for x in (QUALITY, SPEED, *batches, *lengths, COST)]
-    served = [as_served(row) for row in rows if row.get("served")]
-    if served:
-        drift, folder = max(row["drift"] for row in served), served[-1]["checkpoint"]
-        tables.append(fill(
-            f"As served by {served[0]['engine']}; the baseline, again at the end, is "
-            f"{f'{100 * drift:.1f} % off' if drift < math.inf else 'not compared'}"
-            f"{', all noisy' if drift > DRIFT else ''}. Under load: `vllm bench serve "
-            f"--model {folder} --random-input-len {done['prompt_tokens'] or 512} "
-            f"--random-output-len {new}`."))
-        tables += [render_table(x, served) for x in (SPEED, *batches, ROOM)]
-    return "\n\n".join([fill(protocol), *tables])
+    parts += [render_table(x, rows) for x in (QUALITY, SPEED, *batches, *lengths, COST)]
+    if served := [as_served(row) for row in rows if row.get("served")]:
+        engine, drift = served[0]["engine"], max(row["drift"] for row in served)
+        drift = f"{100 * drift:.1f} % off" if drift < math.inf else "not compared"
+        parts.append(fill(
+            f"As served by {engine}; the baseline, again at the end, is {drift}. Under "
+            f"load: `vllm bench serve --model {served[-1]['checkpoint']}`."))
+        parts += [render_table(x, served) for x in (SPEED, *batches, ROOM)]
+    return "\n\n".join(parts)
 
 def relate(row: dict, base: dict, key: str) -> float:
     mine, theirs = read_figure(row, key), read_figure(base, key)
@@ -1182,8 +1179,7 @@ def advise(results: dict) -> list[dict]:
             if goal == "least memory" and row["kv_tokens"] is not None:
                 room = {x["label"]: render_cell(x, USERS) for x in (row, base)}
                 why.append(f"room for {', baseline '.join(room.values())} {USERS[0]}")
-        noisy = ", ".join(row["label"] for row, x in figures if x.noisy)
-        why += [f"too noisy to rank: {noisy}"] if noisy else []
+        why += [f"too noisy to rank: {row['label']}" for row, x in figures if x.noisy]
         label, *ties = [row["label"] for row in best] or [None]
         advice.append(dict(goal=goal, variant=label, ties=ties,
                            why="; ".join(why) or "nothing that could be ranked"))
@@ -1196,33 +1192,32 @@ def choose_variant(results: dict) -> tuple[str | None, str]:
     named = [label for one in advise(results)[0 if loop else 2 : 3]
              for label in (one["variant"], *one["ties"]) if label]
     pick = max(named, key=named.count, default=None)  # Of a draw, the first.
-    most, dtype = results["config"]["max_loss"], results["config"]["dtype"]
-    told, parts = [row for row in rows if row["label"] == pick != BASELINE], []
-    if not told:
-        parts = [f"Keep {dtype}, no variant wins within {most:g} %"]
-        told = [row for row in rows if row is not base]
+    others = [row for row in rows if row is not base]
+    told, config = [row for row in others if row["label"] == pick], results["config"]
+    lead = f"Keep {config['dtype']}, no variant wins within {config['max_loss']:g} %"
+    parts = [] if told else [lead if rows else "Nothing was measured"]
     keys = dict(size="weight_bytes", perplexity="perplexity_ratio",
                 latency=loop and "latency_s")
-    for row in told[:1]:
+    for row in (told or others)[:1]:
         ratios = {name: relate(row, base, key) for name, key in keys.items()}
         words = [f"{name} {100 * x - 100:+.1f} %" for name, x in ratios.items() if x]
         parts.append(", ".join([name_variant(row["label"]), *words]))
-    return pick, ". Closest is ".join(parts if rows else ["Nothing was measured"])
+    return pick, ". Closest is ".join(parts)
 
 def render_advice(results: dict, folder="checkpoints") -> str:
     lines, (pick, sentence) = [], choose_variant(results)
     for one in advise(results):
-        labels = [label for label in (one["variant"], *one["ties"]) if label]
-        names = " or ".join(map(name_variant, labels)) or "unknown"
-        lines.append(fill(f"{one['goal']}: **{names}**, {one['why']}", "- "))
+        names = map(name_variant, [one["variant"] or "unknown", *one["ties"]])
+        line = f"{one['goal']}: **{' or '.join(names)}**, {one['why']}"
+        lines.append(fill(line, "- "))
     command = [f"    vllm serve {folder}/{pick}"] if pick else []
     return "\n\n".join(["\n".join(lines), fill(f"**{sentence}.**"), *command])
 
 def render_notes(results: dict) -> str:
     lines, most = [], results["config"]["max_loss"]
     for row in results["variants"]:
-        error, fell, served = row["error"], row["rtn_fallbacks"], row["served"] or SERVED
-        unserved = served["error"]
+        error, fell = row["error"], row["rtn_fallbacks"]
+        unserved = (row["served"] or SERVED)["error"]
         notes = [error and f"failed: {quote(error)}", *(row["notes"] or []),
                  fell and f"warning: {fell} modules fell back to rounding: --dampening",
                  unserved and f"not served: {quote(unserved)}",
@@ -1736,13 +1731,12 @@ def render_model_card(row: dict, results: dict) -> str:
         base_model_relation="quantized" if base == name and not is_base else None,
         tags=None if is_base else ["compressed-tensors", "llmcompressor"])
     rows = [x for x in results["variants"] if x["label"] in (BASELINE, row["label"])]
-    licence = results["license"] or "that of the original"
     recovery = 100 / row["perplexity_ratio"]["value"]
-    return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", fill(
-        f"Licence: {quote(str(licence))}. Intended for what the original is, where "
-        f"memory or speed is short. Recovery of perplexity: {recovery:.2f} %; of tasks "
-        "nothing is known. recipe.yaml, if any, says how it was quantized; `vllm serve "
-        ".` serves it."), render_card(results), render_tables(results, rows)]) + "\n"
+    about = (f"Recovery of perplexity: {recovery:.2f} %; of tasks nothing is known. "
+             "Licence and uses are those of the original; recipe.yaml, if any, says how "
+             "it was quantized, and `vllm serve .` serves it.")
+    return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", fill(about),
+                        render_card(results), render_tables(results, rows)]) + "\n"
 
 def list_ratios(results: dict, base: dict) -> list[tuple]:
     """Return name, key and view of a row for each figure that the baseline has."""
@@ -1787,9 +1781,9 @@ def draw_summary(results: dict):
             mine, theirs = read_figure(view(row), key), read_figure(view(base), key)
             if not mine.word:
                 x = [end / theirs.middle for end in (mine.low, mine.middle, mine.high)]
-                dot = "o" if relate(view(row), view(base), key) else ""
-                below.plot(x, [y + 0.4 - 0.8 * up] * 3, color=color, marker=dot,
-                           markevery=[1], ms=5)
+                below.plot(x, [y + 0.4 - 0.8 * up] * 3, color=color, ms=5,
+                           marker="" if mine.noisy or theirs.noisy else "o",
+                           markevery=[1])
     above.set_yscale("symlog", linthresh=1e-5)
     above.set(ylabel="KLD to original, nats", ylim=(-2e-6, None),
               xlabel=f"MB on disk; hollow: not surely within {most:g} % perplexity")
