@@ -1087,12 +1087,12 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
 def render_tables(results: dict, rows: list[dict]) -> str:
     config, begin = results["config"], results["inputs"]["window_begin"]
     done = max([ROW, *rows], key=lambda x: (bool(x["kld"]), x["prompt_tokens"] or 0))
-    text, begin = Path(config["eval_text"]).name, begin and f" begun with {quote(begin)}"
+    begin = begin and f" begun with {quote(begin)}"
     parts = [fill(
-        f"{quote(text)}, {done['tokens_scored'] or 0:,} tokens in windows of "
-        f"{config['window']:,}{begin}. ±: half a 95 % interval. KLD: nats. Times: median "
-        f"(least–greatest) of {config['repeats']}, for {config['new_tokens']} tokens "
-        f"after {done['prompt_tokens'] or 0}; noisy: not ranked.")]
+        f"{quote(Path(config['eval_text']).name)}, {done['tokens_scored'] or 0:,} "
+        f"tokens in windows of {config['window']:,}{begin}. ±: half a 95 % interval. "
+        f"KLD: nats. Times: median (least–greatest) of {config['repeats']}, for "
+        f"{config['new_tokens']} tokens after {done['prompt_tokens'] or 0}.")]
     batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
     lengths = [(f"TTFT of {n:,} ms", f"ttft_s@{n}", 1, 1000)
                for n in config["prompt_lengths"]]
@@ -1733,8 +1733,7 @@ def render_model_card(row: dict, results: dict) -> str:
     rows = [x for x in results["variants"] if x["label"] in (BASELINE, row["label"])]
     recovery = 100 / row["perplexity_ratio"]["value"]
     about = (f"Recovery of perplexity: {recovery:.2f} %; of tasks nothing is known. "
-             "Licence and uses are those of the original; recipe.yaml, if any, says how "
-             "it was quantized, and `vllm serve .` serves it.")
+             "Licence and uses are those of the original. `vllm serve .` serves it.")
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", fill(about),
                         render_card(results), render_tables(results, rows)]) + "\n"
 
@@ -1781,9 +1780,8 @@ def draw_summary(results: dict):
             mine, theirs = read_figure(view(row), key), read_figure(view(base), key)
             if not mine.word:
                 x = [end / theirs.middle for end in (mine.low, mine.middle, mine.high)]
-                below.plot(x, [y + 0.4 - 0.8 * up] * 3, color=color, ms=5,
-                           marker="" if mine.noisy or theirs.noisy else "o",
-                           markevery=[1])
+                below.plot(x, [y + 0.4 - 0.8 * up] * 3, color=color, markevery=[1],
+                           marker="" if mine.noisy or theirs.noisy else "o")
     above.set_yscale("symlog", linthresh=1e-5)
     above.set(ylabel="KLD to original, nats", ylim=(-2e-6, None),
               xlabel=f"MB on disk; hollow: not surely within {most:g} % perplexity")
