@@ -530,7 +530,7 @@ def test_licence_and_base_model_are_those_of_the_models_card(
         text = (build.output / row["checkpoint"] / "README.md").read_text("utf-8")
         head = yaml.safe_load(text.split("---\n")[1])
         assert (head.get("base_model"), head.get("license")) == (base, licence)
-        assert f"Licence: {licence or 'that of the original'}. " in text
+        assert "Licence and uses are those of the original. " in " ".join(text.split())
         assert "base_model_relation" not in head, "it is none of the base model itself"
 
 
