@@ -290,8 +290,8 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
             "an embedding model, it writes no text": "modules.json" in names,
             "quantized already: use original": "quantization_config" in config,
             f"{kind}, no known causal LM": kind not in str(causal),
-            "no safetensors; of GGUF, give what it was made from; of .bin, load it, "
-            "save_pretrained, and give that": ".safetensors" not in names}
+            "no safetensors: give what save_pretrained makes":
+                ".safetensors" not in names}
         for obstacle in [text for text, holds in obstacles.items() if holds]:
             stop(f"--model {options.model}: {obstacle}")
         model = AutoModelForCausalLM.from_pretrained(  # Opens each file.
@@ -379,8 +379,7 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
     why = "".join(f"; the template refused {n}: {x}" for x, n in refused.items())
     if not samples:
         stop(f"--calibration-data {source}: no chat is left{why}")
-    print(f"calibration  {len(samples)} chats of {source}, {wanted} asked for, "
-          f"{sum(map(len, samples)):,} tokens{why}")
+    print(f"calibration  {len(samples)} of {wanted} chats of {source}{why}")
     return dict(input_ids=samples, attention_mask=[[1] * len(ids) for ids in samples])
 
 def list_specials(tokenizer) -> list[int]:
@@ -916,11 +915,13 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
     machine = dict(name=f"{[*cpus, os.uname().machine][0]}, {os.cpu_count()} cores",
                    device=lab.device.type, threads=torch.get_num_threads(), driver=None,
+                   compute_capability=None,
                    memory_bytes=os.sysconf("SC_PAGESIZE") * os.sysconf("SC_PHYS_PAGES"))
     if lab.device.type == "cuda":
         gpu = torch.cuda.get_device_properties(lab.device)
         query = "nvidia-smi -i 0 --query-gpu=driver_version --format=csv,noheader"
         machine |= dict(name=gpu.name, memory_bytes=gpu.total_memory,
+                        compute_capability=f"{gpu.major}.{gpu.minor}",
                         driver=subprocess.getoutput(query))
     config = json.loads(json.dumps(asdict(lab.options)))
     return name_model(lab) | dict(
@@ -939,8 +940,7 @@ def take_over(lab: SimpleNamespace) -> None:
     for part, name, new in conditions if rows else ():
         if (old := before[part].get(name)) != new:
             name = "--" + name.replace("_", "-") if part == "config" else name
-            stop(f"--output-dir {lab.output}: its finished rows were measured with "
-                 f"{name} {old}, not {new}; {way_out} them")
+            stop(f"--output-dir {lab.output}: {name} was {old}, is {new}; {way_out} it")
     lab.marks = dict.fromkeys(VARIANTS, "no recipe")
     for label, variant in VARIANTS.items():
         with libraries_to(lab.output / "log.txt"), contextlib.suppress(Exception):
@@ -1096,16 +1096,15 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
     lengths = [(f"TTFT of {n:,} ms", f"ttft_s@{n}", 1, 1000)
                for n in config["prompt_lengths"]]
-    batches, lengths = ([columns[k : k + 3] for k in range(0, len(columns), 3)]
-                        for columns in (batches[1:], lengths))
-    parts += [render_table(x, rows) for x in (QUALITY, SPEED, *batches, *lengths, COST)]
+    speeds = filter(None, (SPEED, batches[1:], lengths))
+    parts += [render_table(x, rows) for x in (QUALITY, *speeds, COST)]
     if served := [as_served(row) for row in rows if row.get("served")]:
         engine, drift = served[0]["engine"], max(row["drift"] for row in served)
         drift = f"{100 * drift:.1f} % off" if drift < math.inf else "not compared"
         parts.append(fill(
             f"As served by {engine}; the baseline, again at the end, is {drift}. Under "
             f"load: `vllm bench serve --model {served[-1]['checkpoint']}`."))
-        parts += [render_table(x, served) for x in (SPEED, *batches, ROOM)]
+        parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
     return "\n\n".join(parts)
 
 def relate(row: dict, base: dict, key: str) -> float:
@@ -1737,62 +1736,41 @@ def render_model_card(row: dict, results: dict) -> str:
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", fill(about),
                         render_card(results), render_tables(results, rows)]) + "\n"
 
-def list_ratios(results: dict, base: dict) -> list[tuple]:
-    """Return name, key and view of a row for each figure that the baseline has."""
-    config, is_gpu = results["config"], results["machine"]["device"] == "cuda"
-    keys = {"one user": "latency_s"}
-    keys |= {f"batch {n}": f"itl_ms@{n}" for n in config["batch_sizes"][1:][-1:]}
-    keys |= {f"prompt {n:,}": f"ttft_s@{n}" for n in config["prompt_lengths"][-1:]}
-    views = [("", dict)] * is_gpu + [(", served", as_served)]
-    lines = [("memory", COST[0][1], dict)]
-    lines += [(name + end, keys[name], view) for name in keys for end, view in views]
-    return [line for line in lines if read_figure(line[2](base), line[1]).middle]
-
-# %%
 def draw_summary(results: dict):
-    """Draw quality over size; below it memory and times, as ratios to the baseline."""
+    """Draw quality over size; labels say what else a variant changes."""
     from matplotlib.figure import Figure
     rows, most = results["variants"], results["config"]["max_loss"]
-    base = next((row for row in rows if row["label"] == BASELINE), ROW)
-    lines = list_ratios(results, base)
-    height = len(lines) * (0.15 + 0.07 * len(rows))
-    figure = Figure(figsize=(8, 5.6 + height), layout="constrained")
-    parts = figure.subfigures(2, 1, height_ratios=[4.2, 0.6 + height])
-    above, below = [part.subplots() for part in parts]
+    timed, base, loop = choose_rows(results)
+    times = {row["label"]: relate(row, base, "latency_s") for row in timed if loop}
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     order = sorted(rows, key=lambda row: row["kld"]["mean"] if row["kld"] else -1)
     for k, row in enumerate(order):
         name, up = name_variant(row["label"]), (k + 0.5) / len(rows)
-        color = "black" if row is base else f"C{rows.index(row)}"
+        color = "black" if row["label"] == BASELINE else f"C{rows.index(row)}"
         style = dict(color=color, va="center")
         if row["status"] != "ok":
-            above.text(1.03, up, f"{name}, failed", transform=above.transAxes, **style)
+            axes.text(1.03, up, f"{name}, failed", transform=axes.transAxes, **style)
             continue
         size, kld = row["weight_bytes"] / 1e6, read_figure(row, "kld")
-        above.plot([size] * 3, [kld.low, kld.middle, kld.high], "o-", color=color, ms=9,
-                   mfc=color if find_loss(row) <= most else "white", markevery=[1])
+        axes.plot([size] * 3, [kld.low, kld.middle, kld.high], "o-", color=color, ms=9,
+                  mfc=color if find_loss(row) <= most else "white", markevery=[1])
         room = "" if row["kv_tokens"] is None else f", {render_cell(row, USERS)} users"
-        loss = 100 * (row["perplexity_ratio"]["value"] - 1)
-        above.annotate(
-            f"{name}, {render_cell(row, COST[0])} MB{room}\nperplexity {loss:+.1f} %",
+        words = [f"perplexity {100 * row['perplexity_ratio']['value'] - 100:+.1f} %"]
+        if times.get(row["label"]):
+            words.append(f"latency {100 * times[row['label']] - 100:+.1f} %")
+        axes.annotate(
+            f"{name}, {render_cell(row, COST[0])} MB{room}\n{', '.join(words)}",
             (size, kld.middle), (1.03, up), textcoords="axes fraction", **style,
             arrowprops=dict(arrowstyle="-", color=color, relpos=(0, 0.5)))
-        for y, (_, key, view) in enumerate(lines):
-            mine, theirs = read_figure(view(row), key), read_figure(view(base), key)
-            if not mine.word:
-                x = [end / theirs.middle for end in (mine.low, mine.middle, mine.high)]
-                below.plot(x, [y + 0.4 - 0.8 * up] * 3, color=color, markevery=[1],
-                           marker="" if mine.noisy or theirs.noisy else "o")
-    above.set_yscale("symlog", linthresh=1e-5)
-    above.set(ylabel="KLD to original, nats", ylim=(-2e-6, None),
-              xlabel=f"MB on disk; hollow: not surely within {most:g} % perplexity")
-    below.axvline(1, color="black", linestyle=":", zorder=0)
-    below.set_yticks(range(len(lines)), [name for name, *_ in lines])
-    below.set(xlabel="ratio to the baseline: left is less, no dot is noise",
-              ylim=(len(lines) - 0.4, -0.6), visible=bool(lines))
+    axes.set_yscale("symlog", linthresh=1e-5)
+    axes.set(ylabel="KLD to original, nats", ylim=(-2e-6, None),
+             xlabel=f"MB on disk; hollow: not surely within {most:g} % perplexity")
     figure.suptitle(textwrap.fill(choose_variant(results)[1], 78), fontsize=12)
-    facts = (f"{results['model_name'][-30:]} ({results['inputs']['model_files'][:7]}), "
-             f"{results['machine']['name']}, {results['created'][:10]}")
-    figure.supxlabel(textwrap.fill(one_line(facts), 95), fontsize=9, parse_math=False)
+    machine = [loop, results["machine"]["name"], results["created"][:10]]
+    facts = f"{results['model_name'][-30:]} ({results['inputs']['model_files'][:7]}), "
+    facts = one_line(facts + ", ".join(filter(None, machine)))
+    figure.supxlabel(textwrap.fill(facts, 95), fontsize=9, parse_math=False)
     return figure
 
 def collect_results(lab: SimpleNamespace) -> dict:
@@ -1848,8 +1826,7 @@ def set_up(words: list[str]) -> SimpleNamespace:
         lab.engine = options.vllm and find_engine(options, lab.output / "vllm.log")
         if options.fresh:
             (lab.output / "results.json").unlink(missing_ok=True)
-            for label in VARIANTS:
-                shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
+            shutil.rmtree(lab.output / "checkpoints", ignore_errors=True)
         take_over(lab)
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))
