@@ -173,6 +173,9 @@ class Options:
     execution: str = option("packed", "emulated is what plain transformers does",
                             choices=("packed", "emulated"))
     vllm: str = option("", "python of an environment with vLLM, to measure there, too")
+    tasks: tuple = option((), "names from lm-eval: arc_easy hellaswag gsm8k ...")
+    task_limit: int = option(200, "documents a task, from its first on", 1)
+    tasks_path: str = option("", "folder of tasks of your own, .yaml or .jsonl")
     demo: bool = option(False, "tiny model and text beside this: no GPU, no network")
     calibration_data: str = option(ULTRACHAT, "a .json(l) closer to your traffic")
     calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
@@ -554,10 +557,10 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
                            output=output, completions=completions)
 
 # %%
-def estimate(values: Tensor, scale=float, name="value") -> dict:
+def estimate(values: Tensor, scale=float, name="value", blocks: int = 0) -> dict:
     """Return the mean of values [windows, n] and its 95 % interval, by windows."""
     mean, windows = values.mean().item(), len(values)
-    blocks = min(10, max(4, windows // 5))
+    blocks = blocks or min(10, max(4, windows // 5))
     if windows < FEWEST:
         return {name: scale(mean), "low": None, "high": None}
     places = torch.arange(windows) * blocks // windows
@@ -605,6 +608,112 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
         kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
             max=kld.max().item(), tokens=kld.numel(), windows=kld.mean(1).tolist()),
         divergence=compare_completions(mine, reference.completions, lab))
+
+# %% [markdown]
+"""## Tasks
+
+Does it still do the task? `--tasks` names some of EleutherAI's
+[lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) (`pip
+install lm-eval`), which asks and scores; the model stays packed. It gets its chat
+template where it writes, and none where the likelihoods of choices are compared. A
+group counts as one task, all its documents alike, as lm-eval does where it weighs by
+size. Of several metrics the last is shown that has a number for each document and is
+better if greater: `acc_norm`, not `acc`.
+
+All variants get the same documents, the first `--task-limit`. **Recovery**: the value
+over the baseline's. **Lost**, **gained**: documents on which a variant scores less than
+the baseline, and more. **Difference**: the mean over documents of both scores', so how
+hard a document is cancels. Documents are questions that do not continue each other, as
+windows do: no blocks, but McNemar's setting. Where few answers flip, a plain interval
+is too short; so two documents are imagined, one lost, one gained (Bonett and Price,
+*Journal of Educational and Behavioral Statistics*, 2012), and for a value four, two of
+them right (Agresti and Coull, *The American Statistician*, 1998).
+
+On a GPU, layers are compiled for choices, of any length; else rounding activations
+would take longer than it saves. What is written, is not: 8-bit formats take longer
+there. Questions of your own: `--tasks-path` names a folder with lm-eval's YAML, or with
+`NAME.jsonl`, which becomes the task NAME:
+
+    {"question": "2 + 2 =", "choices": ["3", "4", "5"], "answer": "4"}"""
+
+# %%
+def load_tasks(options: Options, log: Path) -> dict[str, list]:
+    """Return tasks of lm-eval by the name asked for; those of a group together."""
+    names = " ".join(options.tasks).replace(",", " ").split()
+    way_out = "pip install lm-eval; `lm-eval ls tasks` and --tasks-path have names"
+    with usable("--tasks", " ".join(names), way_out), libraries_to(log):
+        if names:
+            from lm_eval.tasks import TaskManager
+            manager = TaskManager(include_path=options.tasks_path or None)
+        return {name: [*manager.load(name)["tasks"].values()] for name in names}
+
+def do_task(lm, tasks: list, options: Options) -> dict:
+    """Return lm-eval's metric and scores of the documents of tasks, in their order."""
+    import lm_eval
+    start, writes = now(), all(x.OUTPUT_TYPE == "generate_until" for x in tasks)
+    in_chat = writes and not options.plain_text
+    with torch.compiler.set_stance("force_eager" if writes else "default"):
+        found = lm_eval.simple_evaluate(
+            lm, tasks=tasks, limit=options.task_limit, bootstrap_iters=0,
+            apply_chat_template=in_chat, fewshot_as_multiturn=in_chat,
+            task_manager=lm_eval.tasks.TaskManager(include_defaults=False))
+    seconds, samples = now() - start, sum(found["samples"].values(), [])
+    last = samples[-1]
+    metric = [x for x in last["metrics"] if isinstance(last[x], (int, float))][-1]
+    samples = [x for x in samples if x["filter"] == last["filter"]]
+    scores, key = [x[metric] for x in samples], f"{metric},{last['filter']}"
+    total = sum(one[key] * one["sample_len"] for one in found["results"].values())
+    if not math.isclose(sum(scores), total, abs_tol=1e-6):
+        raise ValueError(f"{key} is not the mean over documents")
+    return dict(metric=key.removesuffix(",none"), documents=len(scores), scores=scores,
+                hashes=fingerprint([x["doc_hash"] for x in samples]),
+                limit=options.task_limit, seconds=seconds)
+
+# %%
+def imagine(scores: Tensor, imagined: list) -> dict:
+    """Return the mean of scores, and its interval with imagined ones among them."""
+    both, least = torch.cat([scores, torch.tensor(imagined)]), min([0, *imagined])
+    interval = estimate(both[:, None], lambda x: max(least, min(x, 1)),
+                        blocks=len(both))
+    return interval | dict(value=scores.mean().item())
+
+def compare_scores(mine: dict, base: dict) -> dict:
+    """Return value, recovery, flips, and the paired difference from the baseline."""
+    if mine["hashes"] != base["hashes"]:
+        raise ValueError("the baseline had other documents: --fresh")
+    scores, theirs = (torch.tensor(x["scores"]).double() for x in (mine, base))
+    gaps, mean = scores - theirs, theirs.mean().item()
+    return imagine(scores, [0, 0, 1, 1]) | dict(
+        recovery=100 * scores.mean().item() / mean if mean else None,
+        difference=imagine(gaps, [] if mine is base else [-1, 1]),
+        flips=dict(lost=(gaps < 0).sum().item(), gained=(gaps > 0).sum().item()))
+
+def measure_tasks(label: str, lab: SimpleNamespace) -> None:
+    """Let a finished variant do the tasks that its row lacks."""
+    row, base = lab.rows[label], lab.rows[BASELINE]["tasks"]
+    done, folder, out = row["tasks"], lab.output / "checkpoints" / label, sys.stdout
+    missing = [name for name in lab.tasks
+               if done.get(name, {}).get("limit") != lab.options.task_limit]
+    with libraries_to(lab.output / "log.txt"):
+        if missing:
+            from lm_eval.models.huggingface import HFLM
+            model = place_model(folder, lab.options, lab.device)
+            lm = HFLM(pretrained=model, tokenizer=str(folder), batch_size=8)
+            if lab.device.type == "cuda" and not lab.options.no_compile:
+                model.config.use_cache = False  # It would tie each layer to its number.
+                for layer in getattr(find_decoder(model), "layers", ()):
+                    layer.compile(dynamic=True, options=dict(
+                        emulate_precision_casts=True))  # Rounds where 16 bits do.
+        for name in missing:
+            print(f"{label:20} does {name}", file=out, flush=True)
+            row["notes"] = [x for x in row["notes"] if not x.startswith(f"no {name}: ")]
+            try:
+                mine = do_task(lm, lab.tasks[name], lab.options)
+                other = mine if done is base else base[name]
+                done[name] = mine | compare_scores(mine, other)
+            except Exception as error:
+                traceback.print_exc()
+                row["notes"].append(f"no {name}: {quote(describe(error))}")
 
 # %% [markdown]
 """## Speed
@@ -888,9 +997,10 @@ ROW = dict.fromkeys("""
     group_size smoothing notes perplexity perplexity_interval perplexity_ratio
     tokens_scored window_losses kld top1_agreement divergence weights_memory_bytes
     peak_memory_bytes kv_bytes_per_token kv_tokens ttft_s latency_s prefill decode
-    prompt_tokens runs_as served fingerprint""".split())
+    prompt_tokens runs_as served tasks fingerprint""".split())
 SCHEMA = 7  # Raised when keys go: older results are refused.
-MAY_DIFFER = "variants", "output_dir", "vllm", "max_loss", "fresh", "memory_bytes"
+MAY_DIFFER = ("variants", "output_dir", "vllm", "tasks", "task_limit", "tasks_path",
+              "max_loss", "fresh", "memory_bytes")
 
 def name_model(lab: SimpleNamespace) -> dict:
     from huggingface_hub import ModelCard
@@ -946,7 +1056,7 @@ def take_over(lab: SimpleNamespace) -> None:
         with libraries_to(lab.output / "log.txt"), contextlib.suppress(Exception):
             recipe = repr(build_recipe(label, lab.options)), variant.calibrated
             lab.marks[label] = fingerprint(SCHEMA, conditions, recipe)
-    lab.rows = {row["label"]: ROW | row for row in rows}
+    lab.rows = {row["label"]: ROW | dict(tasks={}) | row for row in rows}
 
 def benchmark_speed(label: str, lab: SimpleNamespace) -> dict:
     """Return speed and memory of a checkpoint, or what hinders measuring them."""
@@ -971,6 +1081,8 @@ def run_variant(label: str, lab: SimpleNamespace) -> None:
         mark = lab.rows.get(label, ROW)["fingerprint"]
         if mark != lab.marks[label] or not read_checkpoint(label, lab):
             lab.rows[label] = measure_row(label, lab)
+        if lab.rows[label]["status"] == "ok":
+            measure_tasks(label, lab)
         write_outputs(lab)
     show(render_result(label, collect_results(lab)))
 
@@ -978,10 +1090,9 @@ def run_variant(label: str, lab: SimpleNamespace) -> None:
 def measure_row(label: str, lab: SimpleNamespace) -> dict:
     folder, t0 = lab.output / f"checkpoints/{label}", time.monotonic()
     row = ROW | dict(label=label, status="failed", scheme=VARIANTS[label].scheme,
-                     fingerprint=lab.marks[label])
-    out, steps = sys.stdout, []  # Below, sys.stdout is the log.
+                     fingerprint=lab.marks[label], tasks={})
+    out = sys.stdout  # Below, that is the log.
     def say(step: str) -> None:
-        steps.append(step)
         print(f"{label:20}{time.monotonic() - t0:7.0f} s  {step}", file=out, flush=True)
     with libraries_to(lab.output / "log.txt"):
         try:
@@ -995,7 +1106,7 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             say("timing")
             row |= benchmark_speed(label, lab) | dict(status="ok")
         except Exception as error:
-            tip = f"; {steps[-1]}: less --window, --calibration-length, smaller --model"
+            tip = "; less --window, --calibration-length, a smaller --model"
             lacks_memory = re.search("memory|_alloc", describe(error), re.I)
             row["error"] = describe(error) + (tip if lacks_memory else "")
             shutil.rmtree(folder.with_suffix(".partial"), ignore_errors=True)
@@ -1036,6 +1147,10 @@ USERS = f"users of {CONTEXT:,}", "users", 0, 1
 COST = (("weights MB", "weights_memory_bytes", 1, 1e-6),
         ("peak MB", "peak_memory_bytes", 1, 1e-6), ("KV tokens", "kv_tokens", 0, 1),
         USERS, ("quantize s", "quantize_seconds", 1, 1))
+TASKS = (("task", "task", 0, 1), ("metric", "metric", 0, 1),
+         ("documents", "documents", 0, 1), ("value", "score", 3, 1),
+         ("recovery %", "recovery", 1, 1), ("difference", "difference", 3, 1),
+         ("lost", "lost", 0, 1), ("gained", "gained", 0, 1))
 ROOM = COST[2], ("same tokens", "divergence", 0, 1), ("kernel", "kernel", 0, 1)
 
 def as_served(row: dict) -> dict:
@@ -1105,7 +1220,34 @@ def render_tables(results: dict, rows: list[dict]) -> str:
             f"As served by {engine}; the baseline, again at the end, is {drift}. Under "
             f"load: `vllm bench serve --model {served[-1]['checkpoint']}`."))
         parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
+    if scores := list_scores(rows):
+        parts.append("Tasks, by lm-eval: differences from the baseline are paired.")
+        parts.append(render_table(TASKS, scores))
     return "\n\n".join(parts)
+
+def list_scores(rows: list[dict]) -> list[dict]:
+    """Return a row with the figures of a task for each that was done, task by task."""
+    lines = [row | task | task["flips"] | dict(
+        task=name, score={key: task[key] for key in ("value", "low", "high")})
+        for row in rows for name, task in (row["tasks"] or {}).items()]
+    return sorted(lines, key=lambda line: line["task"])
+
+def judge_tasks(rows: list[dict]) -> str:
+    """Say which losses are certain, and how many documents would show one of 0.01."""
+    found = [line for line in list_scores(rows)
+             if line["label"] != BASELINE and line["difference"]["low"] is not None]
+    # All of them together err in 5 % of cases (Bonferroni).
+    wider = statistics.NormalDist().inv_cdf(1 - 0.025 / max(1, len(found))) / 1.96
+    certain, needed = [], 0
+    for line in found:
+        value, low, high = line["difference"].values()
+        needed = max(needed, line["documents"] * ((high - low) / 0.02) ** 2)
+        if low + high < -wider * (high - low):
+            what = f"{name_variant(line['label'])} in {line['task']}"
+            certain.append(f"{what} ({value:+.3f})")
+    return found and fill(
+        f"Tasks: of {len(found)} comparisons these show a loss, at 95 % for all of them: "
+        f"{', '.join(certain) or 'none'}. One of 0.01 takes {needed:,.0f} documents.")
 
 def relate(row: dict, base: dict, key: str) -> float:
     mine, theirs = read_figure(row, key), read_figure(base, key)
@@ -1175,9 +1317,6 @@ def advise(results: dict) -> list[dict]:
             why.append(f"{render_cell(row, column)} {column[0]}")
             if row is not base and relate(row, base, column[1]):
                 why.append(f"{relate(row, base, column[1]):.2f} times the baseline's")
-            if goal == "least memory" and row["kv_tokens"] is not None:
-                room = {x["label"]: render_cell(x, USERS) for x in (row, base)}
-                why.append(f"room for {', baseline '.join(room.values())} {USERS[0]}")
         why += [f"too noisy to rank: {row['label']}" for row, x in figures if x.noisy]
         label, *ties = [row["label"] for row in best] or [None]
         advice.append(dict(goal=goal, variant=label, ties=ties,
@@ -1210,7 +1349,9 @@ def render_advice(results: dict, folder="checkpoints") -> str:
         line = f"{one['goal']}: **{' or '.join(names)}**, {one['why']}"
         lines.append(fill(line, "- "))
     command = [f"    vllm serve {folder}/{pick}"] if pick else []
-    return "\n\n".join(["\n".join(lines), fill(f"**{sentence}.**"), *command])
+    tasks = judge_tasks(results["variants"])
+    parts = ["\n".join(lines), tasks, fill(f"**{sentence}.**"), *command]
+    return "\n\n".join(filter(None, parts))
 
 def render_notes(results: dict) -> str:
     lines, most = [], results["config"]["max_loss"]
@@ -1730,8 +1871,7 @@ def render_model_card(row: dict, results: dict) -> str:
         base_model_relation="quantized" if base == name and not is_base else None,
         tags=None if is_base else ["compressed-tensors", "llmcompressor"])
     rows = [x for x in results["variants"] if x["label"] in (BASELINE, row["label"])]
-    recovery = 100 / row["perplexity_ratio"]["value"]
-    about = (f"Recovery of perplexity: {recovery:.2f} %; of tasks nothing is known. "
+    about = (f"Recovery of perplexity: {100 / row['perplexity_ratio']['value']:.2f} %. "
              "Licence and uses are those of the original. `vllm serve .` serves it.")
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", fill(about),
                         render_card(results), render_tables(results, rows)]) + "\n"
@@ -1827,6 +1967,7 @@ def set_up(words: list[str]) -> SimpleNamespace:
         if options.fresh:
             (lab.output / "results.json").unlink(missing_ok=True)
             shutil.rmtree(lab.output / "checkpoints", ignore_errors=True)
+        lab.tasks = load_tasks(options, lab.output / "log.txt")
         take_over(lab)
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))
