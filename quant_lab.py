@@ -1386,10 +1386,12 @@ unpacks them to 16 bits when it loads, and leaves out the rounding of their acti
 or does not know their names: such a row fails, as its figures would be others.
 
 *Smoothing*: llmcompressor names the norms to smooth, and the Linears that read them, by
-the model's class. For some classes that changes the model: another norm feeds these
-Linears, or something else reads the norm, too. Here only layers built like Llama's or
-Gemma's are smoothed, and norms that are proportional to their weight: what they are
-divided by, their Linears are multiplied by. Tests hold many architectures to that."""
+the model's class, or takes those of Llama. For some classes that changes the model:
+another norm feeds these Linears, or something else reads the norm, too. So here a list
+names the classes built like Llama, or like Gemma 2 and 3, which have norms after
+attention and MLP, too; vision towers are left out. Others are not smoothed. Tests hold
+each class to this: what its norms are divided by, their Linears are multiplied by, and
+smoothing alone changes no logits."""
 
 # %%
 def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
@@ -1410,31 +1412,22 @@ def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
             modifier.config_groups, modifier.scheme = groups, None
             row["notes"] += [f"groups of {fits[0]}"] if fits[0] < 128 else []
 
-def find_pairs(model):
-    """Yield names of Linears, and of the norm they read in layers like Llama's."""
-    for name, layer in model.named_modules():
-        parts, inner = dict(layer.named_children()), dict(layer.named_modules())
-        second = "pre_feedforward_layernorm"  # Gemma 2 and 3 have norms after, too.
-        second = second if second in parts else "post_attention_layernorm"
-        readers = {second: ["mlp.gate_proj", "mlp.up_proj"], "input_layernorm": [
-            "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]}
-        known = {"self_attn", "mlp", *(part for part in parts if "norm" in part)}
-        if not readers.keys() <= parts.keys() <= known:
-            continue  # One norm for both, norms that come after, or another reader.
-        for key, linears in readers.items():
-            zeros = {part: 0 * x for part, x in parts[key].named_parameters()}
-            if zeros and all(type(inner.get(x)) is torch.nn.Linear for x in linears):
-                x = torch.arange(len(zeros["weight"]), dtype=zeros["weight"].dtype)
-                if not torch.func.functional_call(parts[key], zeros, x[None]).any():
-                    yield [[f"{name}.{x}" for x in linears], f"{name}.{key}"]
+SMOOTHED = """BitNet Cwm DiffLlama Ernie4_5 Gemma Gemma2 Gemma3 Granite Helium Llama
+HunYuanDenseV1 HyperCLOVAX Ministral Ministral3 Mistral Qwen2 Qwen3 SeedOss SmolLM3
+""".split()  # Models' classes, without ForCausalLM.
 
 def fit_smoothing(recipe: list, model, row: dict) -> None:
-    from llmcompressor.modeling.offset_norm import norm_calibration_context
+    """Name norms to smooth, and the Linears that read them, in a class of the list."""
+    from compressed_tensors.utils import match_named_modules
+    name, at = type(model).__name__.partition("For")[0], r"re:.*model\.layers.*"
+    second = "pre_feedforward" if name in ("Gemma2", "Gemma3") else "post_attention"
+    known = [[[f"{at}{x}_proj" for x in "qkv"], f"{at}input_layernorm"],
+             [[f"{at}gate_proj", f"{at}up_proj"], f"{at}{second}_layernorm"]]
     for smoother in [m for m in recipe if hasattr(m, "smoothing_strength")]:
-        with norm_calibration_context(model):  # Turns known 1 + weight into weight.
-            smoother.mappings = smoother.mappings or list(find_pairs(model))
-        row["smoothing"] = dict(pairs=len(smoother.mappings))
-        row["notes"] += [] if smoother.mappings else ["no norm could be smoothed"]
+        smoother.mappings = smoother.mappings or (known if name in SMOOTHED else [])
+        norms = list(match_named_modules(model, [x for _, x in smoother.mappings]))
+        row["smoothing"] = dict(pairs=len(norms))
+        row["notes"] += [] if norms else ["no norm could be smoothed"]
 
 # %% [markdown]
 """## Packed Linears

@@ -51,8 +51,8 @@ Of each fault: what the lab does, and the tests, of this file where none is name
 - **a LoRA adapter, GGUF, `.bin` only, an embedding model, no causal LM**: exit code 2 and the
   way out.
   `test_what_is_no_whole_causal_model_is_refused_with_the_way_out` of `test_options.py`
-- **layers of a layout whose norms may have other readers**: not smoothed, and a note says so.
-  `test_norms_that_only_linears_read_are_found` of `test_architectures.py`,
+- **a model whose norms may have other readers**: not smoothed, and a note says so.
+  `test_the_list_is_of_what_smoothing_does_not_change` of `test_architectures.py`,
   `test_smoothing_alone_changes_no_architecture` of `test_architectures.py`
 - **experts that transformers unpacks or loses**: the row fails, as its figures would be others.
   `test_experts_that_transformers_unpacks_fail` of `test_lab.py`,
