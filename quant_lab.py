@@ -533,10 +533,10 @@ def score_text(model, lab: SimpleNamespace):
 
 def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
     """Return greedy completions of lab.prompts, lists of ids, up to what ends each."""
-    from transformers import GenerationConfig
     ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
     # The model's own settings may ask for sampling, or for a repetition penalty.
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=0)
+    model.generation_config = type(model.generation_config)(
+        eos_token_id=ends, pad_token_id=0)
     return [model.generate(
         ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device),
         do_sample=False, max_new_tokens=lab.options.new_tokens
@@ -1007,10 +1007,9 @@ def name_model(lab: SimpleNamespace) -> dict:
     name, card = lab.options.model, {}
     with contextlib.suppress(Exception):  # Not all have one, or one that can be read.
         card = ModelCard.load(lab.model_folder / "README.md").data.to_dict()
-    base, licence = card.get("base_model"), card.get("license")
     local = lab.model_folder.resolve().name if find_path(name) else None
-    return dict(model_name=local or name, base_model=base if local else name,
-                license=licence and str(licence))
+    return dict(model_name=local or name, license=card.get("license"),
+                base_model=card.get("base_model") if local else name)
 
 def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     chats, prompts = lab.options.calibration_data, [x.tolist() for x in lab.prompts]
@@ -1200,12 +1199,11 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
 
 # %%
 def render_tables(results: dict, rows: list[dict]) -> str:
-    config, begin = results["config"], results["inputs"]["window_begin"]
+    config = results["config"]
     done = max([ROW, *rows], key=lambda x: (bool(x["kld"]), x["prompt_tokens"] or 0))
-    begin = begin and f" begun with {quote(begin)}"
     parts = [fill(
         f"{quote(Path(config['eval_text']).name)}, {done['tokens_scored'] or 0:,} "
-        f"tokens in windows of {config['window']:,}{begin}. ±: half a 95 % interval. "
+        f"tokens in windows of {config['window']:,}. ±: half a 95 % interval. "
         f"KLD: nats. Times: median (least–greatest) of {config['repeats']}, for "
         f"{config['new_tokens']} tokens after {done['prompt_tokens'] or 0}.")]
     batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
@@ -1246,7 +1244,7 @@ def judge_tasks(rows: list[dict]) -> str:
             what = f"{name_variant(line['label'])} in {line['task']}"
             certain.append(f"{what} ({value:+.3f})")
     return found and fill(
-        f"Tasks: of {len(found)} comparisons these show a loss, at 95 % for all of them: "
+        f"Tasks: of {len(found)} comparisons these show a loss, at 95 % for all: "
         f"{', '.join(certain) or 'none'}. One of 0.01 takes {needed:,.0f} documents.")
 
 def relate(row: dict, base: dict, key: str) -> float:
@@ -1553,7 +1551,6 @@ class PackedLinear(torch.nn.Module):
             y = torch._int_mm(padded, self.weight.t())[: len(x)]
         else:
             y = multiply_tiles(kind, x, self.weight, self.scale).float()
-            y = y * 2**14 if kind == "int8" else y
         y = y if x_scale is None else y * x_scale.float()
         y = y if kind in ("dense", "int4") else y * self.scale.float().t()
         y = y if self.bias is None else y + self.bias.float()
@@ -1662,8 +1659,6 @@ def tile_kernel(x, weight, scale, y, tokens, outputs, width, span, KIND: tl.cons
                 value = tl.load(x + 3 * begin + to + i * BLOCK)
                 part = tl.dot(bits.to(half, bitcast=True) - eight, value, part)
             total += part * tl.load(scale + line * (width // BLOCK) + begin // BLOCK)
-    if KIND == "int8":  # Else it were too large for 16 bits.
-        total = total.to(tl.float32) * 2.0**-14
     tl.store(y + (tl.program_id(2) * tokens + token) * outputs + row, total,
              mask=(row < outputs) & (token < tokens))
 
@@ -1683,7 +1678,7 @@ def multiply_row(kind: str, x: Tensor, weight: Tensor) -> Tensor:
     return y
 
 def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """Return x [n, in] times a weight [n, out]; of INT8 a 2^14th of that."""
+    """Return x [n, in] times a weight [n, out], in float32 if of INT8."""
     tokens, (outputs, width) = len(x), weight.shape
     n = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
     n = 128 if kind == "int8" and tokens * outputs > 2**21 else n
@@ -1692,7 +1687,7 @@ def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tenso
     programs = triton.cdiv(tokens, n), triton.cdiv(outputs, rows)
     parts = max(1, min(8, width // (4 * block), 2**14 // n // math.prod(programs)))
     span = triton.cdiv(width, parts * block) * block
-    dtype = scale.dtype if parts == 1 else torch.float32
+    dtype = scale.dtype if parts == 1 and kind == "int4" else torch.float32
     y = x.new_empty(parts, tokens, outputs, dtype=dtype)
     tile_kernel[*programs, parts](  # Those that share weights follow each other.
         x, weight, scale, y, tokens, outputs, width, span, kind, n, rows, block,
@@ -1900,10 +1895,10 @@ def draw_summary(results: dict):
     axes.set(ylabel="KLD to original, nats", ylim=(-2e-6, None),
              xlabel=f"MB on disk; hollow: not surely within {most:g} % perplexity")
     figure.suptitle(textwrap.fill(choose_variant(results)[1], 78), fontsize=12)
-    machine = [loop, results["machine"]["name"], results["created"][:10]]
-    facts = f"{results['model_name'][-30:]} ({results['inputs']['model_files'][:7]}), "
-    facts = one_line(facts + ", ".join(filter(None, machine)))
-    figure.supxlabel(textwrap.fill(facts, 95), fontsize=9, parse_math=False)
+    weights = f"{results['model_name'][-30:]} ({results['inputs']['model_files'][:7]})"
+    facts = weights, loop, results["machine"]["name"], results["created"][:10]
+    figure.supxlabel(textwrap.fill(one_line(", ".join(filter(None, facts))), 95),
+                     fontsize=9, parse_math=False)
     return figure
 
 def collect_results(lab: SimpleNamespace) -> dict:
