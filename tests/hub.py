@@ -1,7 +1,7 @@
-"""A stand-in for the hub on loopback: what `snapshot_download` and `datasets` ask for.
+"""A stand-in for the hub on loopback: what `snapshot_download` asks for.
 
 `serve({"models/Qwen/Qwen2.5-0.5B-Instruct": folder, "datasets/...": folder})` serves each
-folder's files as that repository and counts the bytes sent per file. Point the libraries
+folder's files as that repository and counts the bytes sent per file. Point the client
 at it with `HF_ENDPOINT`. API: https://huggingface.co/docs/hub/api
 """
 
@@ -13,7 +13,7 @@ from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -44,11 +44,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length", 0))
-        self.body = self.rfile.read(length)
-        self.do_GET()
-
     def do_GET(self) -> None:
         url = urlsplit(unquote(self.path))
         self.server.asked.append(f"{self.command} {self.path}")
@@ -68,25 +63,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def api(self, repo: str, rest: str) -> None:
         if rest.startswith("tree/"):
-            under = "".join(part + "/" for part in rest.split("/")[2:])
-            found = {}
-            for file in self.files(repo):
-                if file["path"].startswith(under):
-                    child, deeper, _ = file["path"].removeprefix(under).partition("/")
-                    folder = {"type": "directory", "path": under + child, "oid": COMMIT}
-                    found[under + child] = folder if deeper else file
-                    if "recursive=true" in self.path.lower():
-                        found[file["path"]] = file
-            return self.send_json(list(found.values())) if found else self.send_json(
-                {"error": "not found"}, 404)
-        if rest.startswith("paths-info/"):
-            form = parse_qs(self.body.decode())
-            wanted = form.get("paths") or json.loads(self.body or b"{}").get("paths", [])
-            known = self.files(repo)
-            folders = {p for f in known for p in map(str, Path(f["path"]).parents)}
-            return self.send_json(
-                [f for f in known if f["path"] in wanted]
-                + [{"type": "directory", "path": p, "oid": COMMIT} for p in wanted if p in folders])
+            return self.send_json(self.files(repo))
         if not rest or rest.startswith("revision/"):
             name = repo.partition("/")[2]
             return self.send_json({

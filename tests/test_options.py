@@ -446,10 +446,7 @@ def test_a_model_without_a_context_length_has_no_limit(small, tmp_path):
     assert quant_lab.open_model(options)[2] >= 2**31
 
 
-def test_hub_that_cannot_be_reached(run_script, quick, monkeypatch, tmp_path):
-    import datasets.config
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+def test_hub_that_cannot_be_reached(run_script, quick):
     for option, value in (("--model", quant_lab.Options.model),
                           ("--calibration-data", quant_lab.ULTRACHAT),
                           ("--eval-text", quant_lab.WIKITEXT)):
