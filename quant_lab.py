@@ -7,7 +7,6 @@
 
 # %% [markdown]
 """# quant_lab: which quantization should I deploy?
-
 A quantized model takes fewer bytes. Whether it is faster on your GPU, and what it lost,
 has to be measured. This script writes a causal LM in float16 and as three checkpoints
 (compressed-tensors, by llmcompressor), and measures bytes, quality, speed, memory.
@@ -67,7 +66,6 @@ HERE = Path.cwd() if IN_NOTEBOOK else Path(__file__).resolve().parent
 
 # %% [markdown]
 """## Recipes
-
 WxAy means weights of x bits and activations of y. SM is a GPU's compute capability.
 
 | label | weights | activations | tensor cores |
@@ -124,7 +122,6 @@ def build_recipe(label: str, options) -> list:
 
 # %% [markdown]
 """## Options
-
 What is typed wins over what `--demo` presets. Of a label a part is enough: `--variants
 fp8 w4a16` looks among the four first, then among all; the baseline always runs, as all
 stands beside it. A notebook takes its words from `%env QUANT_LAB_ARGS=--demo`."""
@@ -159,6 +156,7 @@ def option(default, remark: str, low=None, high=math.inf, choices=None):
     return field(default=default, metadata=dict(
         help=remark, low=low, high=high, choices=choices))
 
+# %%
 @dataclass(frozen=True)
 class Options:
     model: str = option("Qwen/Qwen2.5-0.5B-Instruct", "hub id or folder of a causal LM")
@@ -193,11 +191,6 @@ class Options:
     max_loss: float = option(2.0, "percent more perplexity you would accept", 0, 10**6)
     fresh: bool = option(False, "forget finished work in the output folder")
 
-# %%
-def read_words() -> list[str]:
-    typed = shlex.split(os.environ.get("QUANT_LAB_ARGS", ""))
-    return typed if IN_NOTEBOOK else sys.argv[1:]
-
 def find_label(word: str) -> str:
     for labels in VARIANTS.keys() & {word}, DEFAULT, VARIANTS:
         matches = [label for label in labels if word.lower() in label]
@@ -205,8 +198,8 @@ def find_label(word: str) -> str:
             return matches[0]
     stop(f"--variants {word!r}: give all or a part of one of {', '.join(VARIANTS)}")
 
+# %%
 def parse_options(words: list[str]) -> Options:
-    """Read options from command-line words; a bad name or value exits with 2."""
     parser = ArgumentParser(
         "quant_lab.py", "%(prog)s [options]", re.sub("^# |[*`]", "", __doc__),
         allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
@@ -238,21 +231,17 @@ def parse_options(words: list[str]) -> Options:
     return Options(**vars(given))
 
 def choose_device(options: Options) -> torch.device:
-    has_gpu, prefers_gpu = torch.cuda.is_available(), options.device == "auto"
-    if options.device == "cpu" or (options.demo and prefers_gpu and not has_gpu):
+    if options.device != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", 0)
+    if options.device == "cpu" or (options.demo and options.device == "auto"):
         return torch.device("cpu")
-    if not has_gpu:
-        stop("no CUDA GPU: try --demo, --device cpu or, in Colab, a runtime with a T4")
-    return torch.device("cuda", 0)
+    stop("no CUDA GPU: try --demo, --device cpu or, in Colab, a runtime with a T4")
 
 # %% [markdown]
 """## Model and text
-
-From the hub comes only what is needed: the model's safetensors and tokenizer, the test
-split of WikiText, the first of UltraChat's files. That is 244 MB, of which 20 would do:
-so all goes through the hub's own client, which tries again, and keeps what it got.
-(`load_dataset` does not find a single file again when offline: datasets#7551.) Code of
-a model never runs.
+From the hub comes the model's safetensors and tokenizer, the test split of WikiText,
+the first of UltraChat's files (244 MB): by the hub's own client, which tries again, and
+keeps what it got. Code of a model never runs.
 
 *Calibration* chats, in the model's chat template, are what GPTQ and SmoothQuant look
 at: 256 conversations, drawn with `--seed` from the first 1,024, each cut to 1,024
@@ -294,8 +283,7 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
             "an embedding model, it writes no text": "modules.json" in names,
             "quantized already: use original": "quantization_config" in config,
             f"{kind}, no known causal LM": kind not in str(causal),
-            "no safetensors: give what save_pretrained makes":
-                ".safetensors" not in names}
+            "no safetensors: save_pretrained them": ".safetensors" not in names}
         for obstacle in [text for text, holds in obstacles.items() if holds]:
             stop(f"--model {options.model}: {obstacle}")
         model = AutoModelForCausalLM.from_pretrained(  # Opens each file.
@@ -356,7 +344,6 @@ def read_chats(name: str) -> list:
                 raise ValueError(f"{unit} {number}: {describe(error)}: {line[:80]}")
     return found
 
-# %%
 def load_calibration(options: Options, tokenizer, context: int) -> dict[str, list]:
     """Return the calibration chats' input_ids and attention_mask, a list of each."""
     source, wanted = options.calibration_data, options.calibration_samples
@@ -383,6 +370,7 @@ def load_calibration(options: Options, tokenizer, context: int) -> dict[str, lis
     print(f"calibration  {len(samples)} of {wanted} chats of {source}{why}")
     return dict(input_ids=samples, attention_mask=[[1] * len(ids) for ids in samples])
 
+# %%
 def list_specials(tokenizer) -> list[int]:
     ids, bare = (tokenizer("hi", add_special_tokens=x).input_ids for x in (True, False))
     return ids[: ids.index(bare[0])] if bare else []
@@ -404,11 +392,9 @@ def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, 
 
 # %% [markdown]
 """## Quantize
-
 Load the model, build the recipe, `oneshot`, save, hash, rename. Each modifier of a
 [llmcompressor](https://docs.vllm.ai/projects/llm-compressor) recipe takes its own pass
-over the chats, layer by layer, up to eight of like length at once, cut to the shortest:
-of 256 that costs 1.4 % of the tokens, and W4A16 takes a third of the time (H200).
+over the chats, layer by layer, up to eight of like length at once, cut to the shortest.
 
 **MB**: bytes of the safetensors, in 10^6. **quantize s**: the recipe with calibration,
 without loading and saving. Layers whose matrix GPTQ cannot invert are rounded to
@@ -468,7 +454,6 @@ def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
 
 # %% [markdown]
 """## Quality
-
 **Perplexity** follows the GPTQ paper. The text is tokenized once and cut into windows
 that do not overlap, each begun with BOS where the tokenizer begins a text with it
 (without, Gemma 3 270M has a perplexity of 36 instead of 21); every token but the first
@@ -559,7 +544,7 @@ def estimate(values: Tensor, scale=float, name="value", blocks: int = 0) -> dict
     """Return the mean of values [windows, n] and its 95 % interval, by windows."""
     mean, windows = values.mean().item(), len(values)
     blocks = blocks or min(10, max(4, windows // 5))
-    if windows < FEWEST:
+    if windows < FEWEST and windows != blocks:
         return {name: scale(mean), "low": None, "high": None}
     places = torch.arange(windows) * blocks // windows
     sums = torch.bincount(places, weights=(values - mean).sum(1))
@@ -609,30 +594,25 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
 
 # %% [markdown]
 """## Tasks
-
 Does it still do the task? `--tasks` names some of EleutherAI's
 [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness) (`pip
-install lm-eval`), which asks and scores; the model stays packed. It gets its chat
-template where it writes, and none where the likelihoods of choices are compared. A
-group counts as one task, all its documents alike, as lm-eval does where it weighs by
-size. Of several metrics the last is shown that has a number for each document and is
-better if greater: `acc_norm`, not `acc`.
+install lm-eval`), which asks and scores; `--tasks-path` is a folder with YAML of your
+own. The model stays packed. It gets its chat template where it writes, and none where
+likelihoods of choices are compared. A group is one task, all documents alike, as where
+lm-eval weighs by size. Of several metrics the last counts (`acc_norm`, not `acc`) that
+is a number for each document.
 
 All variants get the same documents, the first `--task-limit`. **Recovery**: the value
-over the baseline's. **Lost**, **gained**: documents on which a variant scores less than
-the baseline, and more. **Difference**: the mean over documents of both scores', so how
-hard a document is cancels. Documents are questions that do not continue each other, as
-windows do: no blocks, but McNemar's setting. Where few answers flip, a plain interval
-is too short; so two documents are imagined, one lost, one gained (Bonett and Price,
-*Journal of Educational and Behavioral Statistics*, 2012), and for a value four, two of
-them right (Agresti and Coull, *The American Statistician*, 1998).
+over the baseline's. **Lost**, **gained**: documents scored lower and higher than by the
+baseline. **Difference**: the mean over documents of both scores', so how hard one is
+cancels. Documents, unlike windows, do not continue each other: no blocks, but McNemar's
+setting. Where few answers flip, a plain interval is too short: two documents are
+imagined, one lost, one gained (Bonett and Price, *Journal of Educational and Behavioral
+Statistics* 37, 2012); for a value four, two of them right (Agresti and Coull, *The
+American Statistician* 52, 1998). A document changed since goes unnoticed: `--fresh`.
 
-On a GPU, layers are compiled for choices, of any length; else rounding activations
-would take longer than it saves. What is written, is not: 8-bit formats take longer
-there. Questions of your own: `--tasks-path` names a folder with lm-eval's YAML, or with
-`NAME.jsonl`, which becomes the task NAME:
-
-    {"question": "2 + 2 =", "choices": ["3", "4", "5"], "answer": "4"}"""
+On a GPU, layers are compiled for choices, else rounding activations takes four times as
+long as float16 (H200). Where the model writes they are not, and 8-bit formats wait."""
 
 # %%
 def load_tasks(options: Options, log: Path) -> dict[str, list]:
@@ -664,10 +644,8 @@ def do_task(lm, tasks: list, options: Options) -> dict:
     if not math.isclose(sum(scores), total, abs_tol=1e-6):
         raise ValueError(f"{key} is not the mean over documents")
     return dict(metric=key.removesuffix(",none"), documents=len(scores), scores=scores,
-                hashes=fingerprint([x["doc_hash"] for x in samples]),
                 limit=options.task_limit, seconds=seconds)
 
-# %%
 def imagine(scores: Tensor, imagined: list) -> dict:
     """Return the mean of scores, and its interval with imagined ones among them."""
     both, least = torch.cat([scores, torch.tensor(imagined)]), min([0, *imagined])
@@ -675,47 +653,42 @@ def imagine(scores: Tensor, imagined: list) -> dict:
                         blocks=len(both))
     return interval | dict(value=scores.mean().item())
 
-def compare_scores(mine: dict, base: dict) -> dict:
-    """Return value, recovery, flips, and the paired difference from the baseline."""
-    if mine["hashes"] != base["hashes"]:
-        raise ValueError("the baseline had other documents: --fresh")
-    scores, theirs = (torch.tensor(x["scores"]).double() for x in (mine, base))
+def compare_scores(mine: dict, base: dict | bool) -> dict:
+    """Return value, recovery, flips, and the paired difference; False is no other."""
+    scores, theirs = (torch.tensor(x["scores"]).double() for x in (mine, base or mine))
     gaps, mean = scores - theirs, theirs.mean().item()
     return imagine(scores, [0, 0, 1, 1]) | dict(
         recovery=100 * scores.mean().item() / mean if mean else None,
-        difference=imagine(gaps, [] if mine is base else [-1, 1]),
+        difference=imagine(gaps, [-1, 1] if base else []),
         flips=dict(lost=(gaps < 0).sum().item(), gained=(gaps > 0).sum().item()))
 
+# %%
 def measure_tasks(label: str, lab: SimpleNamespace) -> None:
-    """Let a finished variant do the tasks that its row lacks."""
-    row, base = lab.rows[label], lab.rows[BASELINE]["tasks"]
+    options, row, base = lab.options, lab.rows[label], lab.rows[BASELINE]["tasks"]
     done, folder, out = row["tasks"], lab.output / "checkpoints" / label, sys.stdout
-    missing = [name for name in lab.tasks
-               if done.get(name, {}).get("limit") != lab.options.task_limit]
+    todo = [x for x in lab.tasks if done.get(x, {}).get("limit") != options.task_limit]
     with libraries_to(lab.output / "log.txt"):
-        if missing:
+        if todo:
             from lm_eval.models.huggingface import HFLM
-            model = place_model(folder, lab.options, lab.device)
+            model = place_model(folder, options, lab.device)
             lm = HFLM(pretrained=model, tokenizer=str(folder), batch_size=8)
-            if lab.device.type == "cuda" and not lab.options.no_compile:
+            if lab.device.type == "cuda" and not options.no_compile:
                 model.config.use_cache = False  # It would tie each layer to its number.
                 for layer in getattr(find_decoder(model), "layers", ()):
                     layer.compile(dynamic=True, options=dict(
                         emulate_precision_casts=True))  # Rounds where 16 bits do.
-        for name in missing:
+        for name in todo:
             print(f"{label:20} does {name}", file=out, flush=True)
             row["notes"] = [x for x in row["notes"] if not x.startswith(f"no {name}: ")]
             try:
-                mine = do_task(lm, lab.tasks[name], lab.options)
-                other = mine if done is base else base[name]
-                done[name] = mine | compare_scores(mine, other)
+                new = do_task(lm, lab.tasks[name], options)
+                done[name] = new | compare_scores(new, done is not base and base[name])
             except Exception as error:
                 traceback.print_exc()
                 row["notes"].append(f"no {name}: {quote(describe(error))}")
 
 # %% [markdown]
 """## Speed
-
 A causal LM answers in two phases. *Prefill* reads the whole prompt at once: many rows
 go through each weight, and arithmetic is what one waits for. *Decoding* then makes one
 token a step: every step reads all weights for a single row, and bytes are what one
@@ -736,7 +709,7 @@ greedy, whatever the model's own settings ask for, so no variant ends early.
 
 One warm-up, then `--repeats` runs; each look at the clock waits for the device. Shown
 is the median (least-greatest). Where the greatest is over 1.3 times the least, the
-machine was busy with something else: the figure is marked *noisy*, and not ranked.
+figure is marked *noisy*, and not ranked.
 
 Decoding is what servers do, as far as PyTorch goes: a static cache, tokens that never
 leave the GPU, compiled decoder layers, prefill and step as CUDA graphs. Else hundreds
@@ -824,9 +797,9 @@ def cut_prompts(lab: SimpleNamespace) -> Tensor:
     ids = lab.windows[:, lab.unscored :].flatten()
     return ids[torch.arange(math.prod(size)) % len(ids)].view(size)
 
-# %%
 CONTEXT = 8192  # Tokens of a user whose keys and values are to fit.
 
+# %%
 def count_kv_bytes(model, ids: Tensor) -> int | None:
     """Return bytes a token of a cache of CONTEXT, all kinds of layers; None if OOM."""
     from transformers.cache_utils import StaticCache
@@ -872,7 +845,6 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
 
 # %% [markdown]
 """## As served
-
 What one deploys is a server, whose kernels may rank the formats in another order.
 `--vllm PYTHON` names the interpreter of an environment that has vLLM (its pins differ
 from llmcompressor's: it can never be this one). There each checkpoint, in a process of
@@ -880,9 +852,9 @@ its own, continues the same prompts, greedy, to the same length, without prefix 
 TTFT is the time for one token; what `--new-tokens` take longer is decoding. Its log
 says which kernels it chose and how many KV tokens fit in 80 % of the GPU.
 
-Those are its engine's times, without HTTP and other requests; for these the report
-names the arguments of `vllm bench serve`. Between steps it schedules, prepares inputs
-and turns tokens into text on the host: with a small model, a step waits for that.
+Those are its engine's times, without HTTP and other requests (`vllm bench serve`).
+Between steps it schedules, prepares inputs and turns tokens into text on the host: with
+a small model, a step waits for that.
 
 Its completions are compared with this script's: one that reads a checkpoint wrongly
 differs at once. The baseline is measured first, and again last. If the two differ by
@@ -980,7 +952,6 @@ def serve_all(lab: SimpleNamespace) -> None:
 
 # %% [markdown]
 """## Rows
-
 A variant goes from recipe to row in three steps, each from a fresh load: quantized,
 scored, timed. One that fails leaves a row with its reason; where only timing fails,
 quality stays. Files are written after each row. A folder holds results of *one* set of
@@ -1113,7 +1084,6 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
 
 # %% [markdown]
 """## Tables and advice
-
 ± is half the interval; of a lopsided one, and of timings, ends stand in brackets. A run
 shows five figures beside the baseline's, their ratios, what it ran as, and one
 completion of each: read it, a model can keep its perplexity and lose the thread.
@@ -1123,11 +1093,12 @@ more perplexity (of twelve windows or more). Of these, and the baseline, four go
 the best: one user waiting (latency), many at once (the largest batch that fitted),
 least memory, nothing may change (least KLD, the baseline left out). Those whose ranges,
 widened by 1 %, meet the best one's cannot be told from it; the closest by KLD comes
-first. By KLD, variants are compared window by window, as all score the same tokens: the
-interval of the difference decides. What is noisy is not ranked. Where `--vllm` tried
-all that is finished and did not drift, its times decide, and its KV tokens; what it
-could not serve is left out. A range shows the jitter of one process, not what another
-day or a warm GPU would add.
+first. KLD is compared window by window: the interval of the difference decides. What is
+noisy is not ranked. Where `--vllm` tried all that is finished and did not drift, its
+times decide, and its KV tokens; what it could not serve is left out. A range shows the
+jitter of one process, not what another day or a warm GPU would add. For tasks, an error
+of 5 % is shared by all comparisons (Bonferroni). The picture's labels have the times
+that decide.
 
 The advice is what most of the first three goals name, the first in a draw; on a CPU
 memory alone counts. A note tells where KLD and perplexity disagree threefold."""
@@ -1186,6 +1157,7 @@ def render_cell(row: dict, column: tuple) -> str:
         return f"{write(middle)} ({ends})"
     return f"{write(middle)} ± {write((high - low) / 2)}"
 
+# %%
 def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> str:
     lines = [["variant", *(title for title, *_ in columns)]]
     lines += [[row["label"], *(render_cell(row, x) for x in columns)] for row in rows]
@@ -1195,7 +1167,6 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
         f"| {' | '.join([name.ljust(first), *map(str.rjust, cells, widths)])} |"
         for name, *cells in (*lines, *more))
 
-# %%
 def render_tables(results: dict, rows: list[dict]) -> str:
     config = results["config"]
     done = max([ROW, *rows], key=lambda x: (bool(x["kld"]), x["prompt_tokens"] or 0))
@@ -1210,19 +1181,17 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     speeds = filter(None, (SPEED, batches[1:], lengths))
     parts += [render_table(x, rows) for x in (QUALITY, *speeds, COST)]
     if served := [as_served(row) for row in rows if row.get("served")]:
-        engine, drift = served[0]["engine"], max(row["drift"] for row in served)
+        drift = max(row["drift"] for row in served)
         drift = f"{100 * drift:.1f} % off" if drift < math.inf else "not compared"
-        parts.append(fill(
-            f"As served by {engine}; the baseline, again at the end, is {drift}. Under "
-            f"load: `vllm bench serve --model {served[-1]['checkpoint']}`."))
+        parts.append(f"As served by {served[0]['engine']}; the baseline, again at the "
+                     f"end, is {drift}. Under load: `vllm bench serve`.")
         parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
     if scores := list_scores(rows):
-        parts.append("Tasks, by lm-eval: differences from the baseline are paired.")
-        parts.append(render_table(TASKS, scores))
+        parts += ["Tasks, by lm-eval: differences from the baseline are paired.",
+                  render_table(TASKS, scores)]
     return "\n\n".join(parts)
 
 def list_scores(rows: list[dict]) -> list[dict]:
-    """Return a row with the figures of a task for each that was done, task by task."""
     lines = [row | task | task["flips"] | dict(
         task=name, score={key: task[key] for key in ("value", "low", "high")})
         for row in rows for name, task in (row["tasks"] or {}).items()]
@@ -1230,9 +1199,7 @@ def list_scores(rows: list[dict]) -> list[dict]:
 
 def judge_tasks(rows: list[dict]) -> str:
     """Say which losses are certain, and how many documents would show one of 0.01."""
-    found = [line for line in list_scores(rows)
-             if line["label"] != BASELINE and line["difference"]["low"] is not None]
-    # All of them together err in 5 % of cases (Bonferroni).
+    found = [line for line in list_scores(rows) if line["label"] != BASELINE]
     wider = statistics.NormalDist().inv_cdf(1 - 0.025 / max(1, len(found))) / 1.96
     certain, needed = [], 0
     for line in found:
@@ -1249,6 +1216,26 @@ def relate(row: dict, base: dict, key: str) -> float:
     mine, theirs = read_figure(row, key), read_figure(base, key)
     is_sure = mine.middle and theirs.middle and not (mine.noisy or theirs.noisy)
     return mine.middle / theirs.middle if is_sure else 0
+
+# %%
+def render_notes(results: dict) -> str:
+    lines, most = [], results["config"]["max_loss"]
+    for row in results["variants"]:
+        error, fell = row["error"], row["rtn_fallbacks"]
+        unserved = (row["served"] or SERVED)["error"]
+        notes = [error and f"failed: {quote(error)}", *(row["notes"] or []),
+                 fell and f"warning: {fell} modules fell back to rounding: --dampening",
+                 unserved and f"not served: {quote(unserved)}",
+                 row["runs_as"] and f"runs as: {row['runs_as']}"]
+        if row["status"] == "ok" and row["label"] != BASELINE:
+            loss, kld = find_loss(row), 100 * (raise_e(row["kld"]["mean"]) - 1)
+            notes.append(f"perplexity {loss:+.1f} % at most, {most:g} % allowed"
+                         if loss < math.inf else "too few windows for an interval")
+            if kld > 3 * most >= 3 * loss or 3 * kld < most < loss < math.inf:
+                notes.append(f"its KLD disagrees, worth {kld:.1f} %: read completions")
+        name, notes = name_variant(row["label"]), filter(None, notes)
+        lines.append(fill(f"{name}: {'; '.join(notes)}", "- "))
+    return "\n".join(lines)
 
 def render_result(label: str, results: dict) -> str:
     rows = {row["label"]: row for row in results["variants"]}
@@ -1276,7 +1263,6 @@ def find_loss(row: dict) -> float:
     high = row["perplexity_ratio"]["high"] or math.inf
     return 0.0 if row["label"] == BASELINE else 100 * (high - 1)
 
-# %%
 def choose_rows(results: dict) -> tuple[list[dict], dict, str]:
     """Return finished rows by KLD, the baseline, and whose times decide, "" if none."""
     rows = [dict(row) for row in results["variants"] if row["status"] == "ok"]
@@ -1287,6 +1273,7 @@ def choose_rows(results: dict) -> tuple[list[dict], dict, str]:
         rows, loop = served, served[0]["engine"]
     return rows, next((row for row in rows if row["label"] == BASELINE), ROW), loop
 
+# %%
 def advise(results: dict) -> list[dict]:
     """Return for each goal what to take, why, and what cannot be told from it."""
     (rows, base, loop), advice = choose_rows(results), []
@@ -1319,24 +1306,21 @@ def advise(results: dict) -> list[dict]:
                            why="; ".join(why) or "nothing that could be ranked"))
     return advice
 
-# %%
 def choose_variant(results: dict) -> tuple[str | None, str]:
     """Return what most goals name, and how it, or else the closest one, differs."""
     rows, base, loop = choose_rows(results)
     named = [label for one in advise(results)[0 if loop else 2 : 3]
              for label in (one["variant"], *one["ties"]) if label]
     pick = max(named, key=named.count, default=None)  # Of a draw, the first.
-    others = [row for row in rows if row is not base]
-    told, config = [row for row in others if row["label"] == pick], results["config"]
-    lead = f"Keep {config['dtype']}, no variant wins within {config['max_loss']:g} %"
-    parts = [] if told else [lead if rows else "Nothing was measured"]
+    config, chosen = results["config"], [row for row in rows if row["label"] == pick]
+    if not chosen or chosen[0] is base:
+        lead = f"Keep {config['dtype']}, nothing wins within {config['max_loss']:g} %"
+        return pick, lead if rows else "Nothing was measured"
     keys = dict(size="weight_bytes", perplexity="perplexity_ratio",
                 latency=loop and "latency_s")
-    for row in (told or others)[:1]:
-        ratios = {name: relate(row, base, key) for name, key in keys.items()}
-        words = [f"{name} {100 * x - 100:+.1f} %" for name, x in ratios.items() if x]
-        parts.append(", ".join([name_variant(row["label"]), *words]))
-    return pick, ". Closest is ".join(parts)
+    ratios = {name: relate(chosen[0], base, key) for name, key in keys.items()}
+    words = [f"{name} {100 * x - 100:+.1f} %" for name, x in ratios.items() if x]
+    return pick, ", ".join([name_variant(pick), *words])
 
 def render_advice(results: dict, folder="checkpoints") -> str:
     lines, (pick, sentence) = [], choose_variant(results)
@@ -1345,28 +1329,8 @@ def render_advice(results: dict, folder="checkpoints") -> str:
         line = f"{one['goal']}: **{' or '.join(names)}**, {one['why']}"
         lines.append(fill(line, "- "))
     command = [f"    vllm serve {folder}/{pick}"] if pick else []
-    tasks = judge_tasks(results["variants"])
-    parts = ["\n".join(lines), tasks, fill(f"**{sentence}.**"), *command]
-    return "\n\n".join(filter(None, parts))
-
-def render_notes(results: dict) -> str:
-    lines, most = [], results["config"]["max_loss"]
-    for row in results["variants"]:
-        error, fell = row["error"], row["rtn_fallbacks"]
-        unserved = (row["served"] or SERVED)["error"]
-        notes = [error and f"failed: {quote(error)}", *(row["notes"] or []),
-                 fell and f"warning: {fell} modules fell back to rounding: --dampening",
-                 unserved and f"not served: {quote(unserved)}",
-                 row["runs_as"] and f"runs as: {row['runs_as']}"]
-        if row["status"] == "ok" and row["label"] != BASELINE:
-            loss, kld = find_loss(row), 100 * (raise_e(row["kld"]["mean"]) - 1)
-            notes.append(f"perplexity {loss:+.1f} % at most, {most:g} % allowed"
-                         if loss < math.inf else "too few windows for an interval")
-            if kld > 3 * most >= 3 * loss or 3 * kld < most < loss < math.inf:
-                notes.append(f"its KLD disagrees, worth {kld:.1f} %: read completions")
-        notes = "; ".join(filter(None, notes))
-        lines.append(fill(f"{name_variant(row['label'])}: {notes}", "- "))
-    return "\n".join(lines)
+    parts = "\n".join(lines), judge_tasks(results["variants"]), fill(f"**{sentence}.**")
+    return "\n\n".join(filter(None, [*parts, *command]))
 
 # %% [markdown]
 """# Machinery: skip this at first reading
@@ -1383,15 +1347,12 @@ or does not know their names: such a row fails, as its figures would be others.
 
 *Smoothing*: llmcompressor names the norms to smooth, and the Linears that read them, by
 the model's class, or takes those of Llama. For some classes that changes the model:
-another norm feeds these Linears, or something else reads the norm, too. So here a list
-names the classes built like Llama, or like Gemma 2 and 3, which have norms after
-attention and MLP, too; vision towers are left out. Others are not smoothed. Tests hold
-each class to this: what its norms are divided by, their Linears are multiplied by, and
-smoothing alone changes no logits."""
+another norm feeds these Linears, or something else reads the norm, too. So a list names
+the classes built like Llama, or like Gemma 2 and 3; others are not smoothed. Tests hold
+each of the list to this: smoothing alone changes no logits."""
 
 # %%
 def fit_groups(recipe: list, model, options: Options, row: dict) -> None:
-    """Make groups divide all widths; ValueError if none does."""
     from compressed_tensors.utils import match_named_modules
     sizes = [options.group_size] if options.group_size else GROUPS
     for modifier in [m for m in recipe if hasattr(m, "resolved_config")]:
@@ -1427,7 +1388,6 @@ def fit_smoothing(recipe: list, model, row: dict) -> None:
 
 # %% [markdown]
 """## Packed Linears
-
 Plain transformers unpacks a compressed checkpoint to 16 bits on its first forward, and
 simulates the rounding of activations (`--execution emulated`). Here a Linear stays
 packed. By format, GPU and number of tokens it takes a route, which `runs_as` names:
@@ -1447,8 +1407,7 @@ or of whole tensors, zero points) is emulated: quality is right, memory and spee
 A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8, or
 four INT4 to an int16. Its scale is [outputs, groups], one group unless INT4. A word of
 a checkpoint's INT4 holds eight neighbours, the first in its lowest bits; here the n
-int16 of a group hold inputs 0 to n - 1 in their lowest bits, then the next n, so that
-neighbours in memory meet neighbouring inputs."""
+int16 of a group hold inputs 0 to n - 1 in their lowest bits, then the next n."""
 
 # %%
 def place_model(folder: Path, options: Options, device: torch.device):
@@ -1471,10 +1430,9 @@ def place_model(folder: Path, options: Options, device: torch.device):
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
     if quantized and not model.packs:
         model.hf_quantizer.compressor.decompress_model(model)
+        model.to(getattr(torch, options.dtype))  # NVFP4 comes out in bfloat16.
         for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
             linear.forward = partial(forward_rows, linear.forward)
-    for parameter in [p for p in model.parameters() if p.dtype == torch.bfloat16]:
-        parameter.data = parameter.data.to(getattr(torch, options.dtype))  # As NVFP4.
     if model.packs:
         pack_model(model, sm)
     return model
@@ -1590,22 +1548,19 @@ def pack_model(model, sm: tuple[int, int]) -> None:
 
 # %% [markdown]
 """## Kernels
-
 For one token `row_kernel` multiplies a row by 16-bit, FP8 or INT8 weights; `dp4a` makes
 four products of INT8 and their sum in one instruction. For several tokens,
 `tile_kernel` multiplies a tile of weights by one of inputs, while the next are being
 read. INT4 is put behind the bits of 1024 (of 128 in bfloat16), where a float's last bit
 counts 1. Where outputs are too few to occupy a GPU, programs share a row's inputs, and
-their sums are added later. Sums of 8-bit products can be too large for 16 bits: they go
-there divided by 2^14 (INT8) or 2^20 (FP8, `guard`), and back in float32, where scales
-and bias follow. Tiles are the fastest tried on an H200.
+their sums are added later. Sums of FP8's products can be too large for 16 bits: they go
+there divided by 2^20 (`guard`), and back in float32, where scales and bias follow.
 
-Attention of one row is written out and left to the compiler (two kernels of our own
-were 3 to 8 % of a step faster); for several sequences, the heads that share a key are
-rows of one product, so that no key is copied. Keys and values lie in tensors of fixed
-size, or no CUDA graph could replay a step: a mask hides what is not yet written. All
-layers are one function, compiled once for each shape: one by one, each layer's index
-would be a constant, and dynamo's limit of recompilations soon reached."""
+Attention of one row is written out and left to the compiler; for several sequences, the
+heads that share a key are rows of one product, so that no key is copied. Keys and
+values lie in tensors of fixed size, or no CUDA graph could replay a step: a mask hides
+what is not yet written. All layers are one function, compiled once for each shape: one
+by one, each layer's index would be a constant, and dynamo's limit soon reached."""
 
 # %%
 @jit
@@ -1732,7 +1687,6 @@ def compile_layers(model, compiled: bool) -> None:
 
 # %% [markdown]
 """## Files, faults, report
-
 A wrong input ends in one line on stderr that names it and the way out, with exit code
 2. JSON and checkpoints appear in one step or not at all. What the libraries print goes
 to `log.txt`, tracebacks of failed rows too. What comes from outside (names, errors,
@@ -1863,7 +1817,6 @@ def render_model_card(row: dict, results: dict) -> str:
                         render_card(results), render_tables(results, rows)]) + "\n"
 
 def draw_summary(results: dict):
-    """Draw quality over size; labels say what else a variant changes."""
     from matplotlib.figure import Figure
     rows, most = results["variants"], results["config"]["max_loss"]
     timed, base, loop = choose_rows(results)
@@ -1926,7 +1879,6 @@ def show(text: str) -> None:
 
 # %% [markdown]
 """# The runs
-
 Here the lab runs. First the set-up: options, device, model and text, each refused with
 one line if it cannot be used."""
 
@@ -1963,11 +1915,11 @@ if __name__ == "__main__":
     if not IN_NOTEBOOK and "ipykernel" not in sys.modules:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ends at once, whatever runs.
         sys.stdout.reconfigure(errors="replace")  # Completions may be in any script.
-    LAB = set_up(read_words())
+    WORDS = shlex.split(os.environ.get("QUANT_LAB_ARGS", ""))
+    LAB = set_up(WORDS if IN_NOTEBOOK else sys.argv[1:])
 
 # %% [markdown]
 """## Baseline
-
 The model in `--dtype`, saved and loaded again. A ratio of 1, a KLD of 0 and all tokens
 the same show that the measurement repeats exactly; else it is noise, and no difference
 smaller than that counts below."""
@@ -1978,7 +1930,6 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """## FP8_DYNAMIC
-
 Half the bytes of every quantized Linear, in seconds and without data. Three bits of
 mantissa put weights off by 2.6 % (RMS), whatever the scale: expect a small but certain
 KLD. Rounding activations costs kernels, which at 0.5B eats what is saved."""
@@ -1989,7 +1940,6 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """## GPTQ W4A16
-
 The smallest, and it costs the most quality: sixteen levels for the weights of a group
 of 128. Where bytes are what one waits for (one sequence, a large model) it is the
 fastest; prefill and batches wait for arithmetic and have to unpack weights first."""
@@ -2000,7 +1950,6 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """## SmoothQuant + GPTQ W8A8
-
 The bytes of FP8, but 256 evenly spaced levels: weights are off by about 1 % where rows
 have no outliers. Activations have some, and the largest of a token sets the step:
 SmoothQuant moves them into the weights. So this is often the closest (README: why). Its
@@ -2012,7 +1961,6 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """## On request
-
 `--variants` has to name these. `rtn_w4a16`, rounded to nearest in seconds, is the
 control of `02_gptq_w4a16`: compare their KLD to see whether GPTQ earned its minutes."""
 
@@ -2024,13 +1972,11 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """## In a server
-
-With `--vllm`, all that is finished once more, where it would be deployed: expect other
-times, and perhaps another order. Where the two disagree, the server is right about the
-server, and the loop above about the format: what it costs with little around it. Of a
-small model one sees the host, whose pace changes: let nothing else run there. It takes
-`python -m venv serve`, `serve/bin/pip install vllm`, and then the same command with
-`--vllm serve/bin/python`: what is finished is kept."""
+With `--vllm`, all that is finished once more, where it would be deployed. Where the two
+disagree, the server is right about the server, and the loop above about the format:
+what it costs with little around it. Of a small model one sees the host, whose pace
+changes: let nothing else run there. It takes `python -m venv serve`, `serve/bin/pip
+install vllm`, then the same command with `--vllm serve/bin/python`."""
 
 # %%
 if __name__ == "__main__":
@@ -2039,9 +1985,8 @@ if __name__ == "__main__":
 
 # %% [markdown]
 """## Summary
-
 Read the intervals before the order: what two variants share cannot be ranked. And tasks
-of yours may mind what running text does not. Another `--max-loss` needs no new run."""
+may mind what running text does not. Another `--max-loss` needs no new run."""
 
 # %%
 if __name__ == "__main__":
