@@ -10,6 +10,7 @@ import re
 import jupytext
 import pytest
 from conftest import COMMITTED, ROOT, SCRIPT, load_by_path, start_beside
+from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 
 import quant_lab
@@ -177,6 +178,7 @@ def test_the_card_names_what_is_run_on_what(results):
         assert fact in flat
     assert f"{machine['threads']} threads" in flat
     assert (f"driver {machine['driver']}" in flat) == (machine["device"] == "cuda")
+    assert bool(machine["compute_capability"]) == (machine["device"] == "cuda")
 
 
 def test_the_command_on_the_card_gives_the_same_options(results):
@@ -306,26 +308,32 @@ def check_cell(title, cell, status, row):
         assert shown == pytest.approx(value, abs=0.51 * 10**-digits), title
 
 
-def test_many_batches_make_more_tables_not_wider_ones():
+def test_all_batches_are_one_table_and_all_lengths_another():
+    """Only these two are wide, and only where more than the default ones were asked for."""
     results = read("demo-cpu")
     wide = read("h100-0.5b")["variants"][0]
     labels = [*rows_of(results)][:3]
     results["variants"] = [copy.deepcopy(wide) | dict(label=label) for label in labels]
-    results["config"]["batch_sizes"] = sizes = [1, 2, 4, 8, 16, 32, 64]
-    results["config"]["prompt_lengths"] = lengths = [2 * 4**n for n in range(8)]
+    sizes, lengths = [1, 2, 4, 8, 16, 32, 64], [2 * 4**n for n in range(8)]
     for row in results["variants"]:
         row["decode"] = [row["decode"][-1] | dict(batch=batch) for batch in sizes]
         row["prefill"] = [dict(prompt_tokens=n, error=None, ttft_s=row["ttft_s"])
-                          for n in lengths]
+                          for n in (*lengths, 128, 512, 2048)]
     results["variants"].append(fail(dict(label=INT8, scheme="W8A8")))
-    text = quant_lab.render_tables(results, results["variants"])
-    assert max(map(len, text.split("\n"))) <= 120
-    titles = [title for table in read_tables(text) for title in table[INT8]]
-    for batch in sizes[1:]:
-        assert titles.count(f"batch {batch} tok/s") == 1
-    for length in lengths:
-        assert titles.count(f"TTFT of {length:,} ms") == 1
-    assert len(titles) == len(set(titles))
+    usual = quant_lab.Options()
+    for sizes, lengths in ((usual.batch_sizes, usual.prompt_lengths), (sizes, lengths),
+                           ([1], lengths), (sizes, []), ([1], [])):
+        results["config"] |= dict(batch_sizes=list(sizes), prompt_lengths=list(lengths))
+        text = quant_lab.render_tables(results, results["variants"])
+        found = [list(table[INT8]) for table in read_tables(text)]
+        batches = [f"batch {batch} tok/s" for batch in sizes[1:]]
+        prompts = [f"TTFT of {length:,} ms" for length in lengths]
+        assert found[2:-1] == [titles for titles in (batches, prompts) if titles]
+        titles = sum(found, [])
+        assert len(titles) == len(set(titles))
+        for block in text.split("\n\n"):
+            many = len(re.findall("batch|TTFT of", block.split("\n")[0])) > 3
+            assert many or max(map(len, block.split("\n"))) <= 120
 
 
 def test_the_caption_says_what_begins_a_window():
@@ -379,11 +387,10 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
     assert numbers(table["MB"]["over it"])[0] > 0 < numbers(table["weights MB"]["over it"])[0]
     for key in "latency_s", "tok_s@1", "itl_ms@8":
         assert (quant_lab.relate(rows_of(calm)[shown], rows_of(calm)[BASE], key) == 0) == noisy
-    for name, ranges in read_lines(calm).items():
-        low, dot, high = ranges[shown]
-        assert (dot is None) == (noisy and name != "memory") and low and high
-        _, dot, _ = ranges[INT8]  # Only against a noisy one.
-        assert (dot is None) == (noisy and label == BASE and name != "memory")
+    changes = read_changes(calm)
+    assert ("latency" not in changes[shown]) == noisy
+    assert ("latency" not in changes[INT8]) == (noisy and label == BASE), "against a noisy one"
+    assert set(changes) == set(rows_of(calm)), "the other figures stay"
 
 
 def test_only_timings_are_noisy(calm):
@@ -785,10 +792,11 @@ def test_a_server_that_drifted_decides_nothing(drift, decides):
         names, why = advice[goal]
         assert names == [INT4 if decides else FP8] and where in why and "noisy" not in why
     assert quant_lab.choose_variant(results)[0] == (INT4 if decides else FP8)
-    for name, ranges in read_lines(results).items():
-        assert set(ranges) == {BASE, FP8, INT4, INT8}
-        for _, dot, _ in ranges.values():
-            assert (dot is None) == ("served" in name and not decides)
+    wanted = dict.fromkeys((BASE, FP8, INT4, INT8), 0)
+    wanted |= {INT4: -50} if decides else {FP8: 100 * (0.1 / 1.01 - 1)}
+    found = {label: changed["latency"] for label, changed in read_changes(results).items()}
+    assert found == pytest.approx(wanted, abs=0.051)
+    assert where.removeprefix("in ") in flatten(draw(results)[0]._supxlabel.get_text())
 
 
 def test_on_a_cpu_a_server_decides():
@@ -915,8 +923,8 @@ def read_ticks(axes, renderer):
 
 
 def read_labels(results):
-    """Return the text beside the upper half that names each variant."""
-    axes, = quant_lab.draw_summary(results).subfigs[0].axes
+    """Return the text beside the chart that names each variant."""
+    axes, = quant_lab.draw_summary(results).axes
     names = {quant_lab.name_variant(row["label"]): row["label"] for row in results["variants"]}
     found = {names[text.get_text().partition(",")[0]]: text for text in axes.texts}
     assert len(found) == len(axes.texts) == len(names)
@@ -925,34 +933,24 @@ def read_labels(results):
 
 
 def read_points(results):
-    """Return the point of each variant in the upper half, by its label's color."""
-    axes, = quant_lab.draw_summary(results).subfigs[0].axes
+    """Return the point of each variant in the chart, by its label's color."""
+    axes, = quant_lab.draw_summary(results).axes
     points = {line.get_color(): line for line in axes.lines}
     assert len(points) == len(axes.lines)
     return {label: points.pop(text.get_color()) for label, text in read_labels(results).items()
             if "failed" not in text.get_text()} | points
 
 
-def read_lines(results):
-    """Return by the name of a line of the lower half, and by variant, its range and dot.
-
-    That is the low end, the dot, None if there is none, and the high end.
-    """
-    axes, = quant_lab.draw_summary(results).subfigs[1].axes
-    bottom, top = axes.get_ylim()
-    assert bottom > top, "the first line is the topmost"
-    labels = {text.get_color(): label for label, text in read_labels(results).items()}
-    found = {text.get_text(): {} for text in axes.get_yticklabels()}
-    assert axes.get_visible() == bool(found)
-    heights = set()
-    for line in axes.lines[:-1]:
-        (low, middle, high), (y, *_) = line.get_data()
-        assert set(line.get_ydata()) == {y} and line.get_markevery() == [1]
-        heights.add(y)
-        [*found.values()][round(y)][labels[line.get_color()]] = (
-            low, middle if line.get_marker() == "o" else None, high)
-    assert len(heights) == len(axes.lines) - 1, "none hides another"
-    assert list(axes.lines[-1].get_xdata()) == [1, 1] and axes.lines[-1].get_linestyle() == ":"
+def read_changes(results):
+    """Return by how many percent each finished variant differs, by the name of the figure."""
+    found = {}
+    for label, text in read_labels(results).items():
+        if rows_of(results)[label]["status"] == "ok":
+            said = re.fullmatch(
+                r".+, [\d,.]+ MB(?:, [\d,]+ users)?\nperplexity ([+-]\d+\.\d) %"
+                r"(?:, latency ([+-]\d+\.\d) %)?", text.get_text())
+            found[label] = {name: float(x) for name, x in zip(
+                ("perplexity", "latency"), said.groups()) if x}
     return found
 
 
@@ -1035,26 +1033,21 @@ def serve_eight(results):
 def test_nothing_in_the_picture_overlaps(results, spoil):
     spoil(results)
     figure, renderer = draw(results)
-    above, below = figure.subfigs
+    axes, = figure.axes
+    frame, ticks = axes.get_window_extent(renderer), read_ticks(axes, renderer)
+    texts = [figure._suptitle, figure._supxlabel, axes.title, axes.xaxis.label,
+             axes.yaxis.label, *ticks]
     boxes = [(text.get_text(), text.get_window_extent(renderer))
-             for text in (figure._suptitle, figure._supxlabel)]
-    assert len(above.axes) == len(below.axes) == 1
-    for axes in filter(lambda axes: axes.get_visible(), figure.axes):
-        ticks = read_ticks(axes, renderer)
-        texts = [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts, *ticks]
-        boxes += [(text.get_text(), text.get_window_extent(renderer))
-                  for text in texts if text.get_text() and text.get_visible()]
-        frame = axes.get_window_extent(renderer)
-        for text in axes.texts:
-            # Of an annotation, its text alone, without its line.
-            box = Text.get_window_extent(text, renderer)
-            assert axes in above.axes and box.x0 >= frame.x1, text.get_text()
-            boxes[:] = [(name, box if name == text.get_text() else other)
-                        for name, other in boxes]
-        for line in axes.lines[:-1] if axes in below.axes else ():
-            x, y = axes.transData.transform(line.get_xydata()).T
-            assert frame.x0 <= min(x) and max(x) <= frame.x1
-            assert frame.y0 + 4 <= y[0] <= frame.y1 - 4, "room for a dot"
+             for text in texts if text.get_text() and text.get_visible()]
+    for text in axes.texts:
+        # Of an annotation, its text alone, without its line.
+        box = Text.get_window_extent(text, renderer)
+        assert box.x0 >= frame.x1, text.get_text()
+        boxes.append((text.get_text(), box))
+    for line in axes.lines:
+        x, y = axes.transData.transform(line.get_xydata()).T
+        assert frame.y0 <= min(y) and max(y) <= frame.y1
+        assert frame.x0 + 4 <= x[0] <= frame.x1 - 4, "room for a dot"
     width, height = figure.bbox.size
     for name, box in boxes:
         assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1, name
@@ -1070,7 +1063,7 @@ def test_kld_has_round_ticks_and_none_below_zero(name, spoil):
     results = read(name)
     spoil(results)
     figure, renderer = draw(results)
-    axes, = figure.subfigs[0].axes
+    axes, = figure.axes
     ticks = [label.get_text() for label in read_ticks(axes, renderer)
              if label.get_ha() == "right"]
     assert ticks and axes.get_yscale() == "symlog"
@@ -1078,48 +1071,41 @@ def test_kld_has_round_ticks_and_none_below_zero(name, spoil):
         assert re.fullmatch(r"\$\\mathdefault\{(0|10\^\{-?\d\})\}\$", tick), tick
 
 
-def test_lines_are_those_that_were_measured(results):
-    """On a CPU, memory alone; of one sequence, no batch; of no lengths, no prompt."""
-    cuda, config = results["machine"]["device"] == "cuda", results["config"]
-    user, batch = "one user", f"batch {config['batch_sizes'][-1]}"
-    prompts = [f"prompt {n:,}" for n in config["prompt_lengths"][-1:] if cuda]
-    times = [user, batch] if cuda else []
-    assert list(read_lines(results)) == ["memory", *times, *prompts]
+def test_latency_is_said_where_a_loop_or_a_server_timed_it(results):
+    """On a CPU, only of a server; the footer says where; of what was not served, nothing."""
+    def read():
+        footer = flatten(quant_lab.draw_summary(results)._supxlabel.get_text())
+        return {label: "latency" in changed
+                for label, changed in read_changes(results).items()}, footer
+
+    cuda = results["machine"]["device"] == "cuda"
+    said, footer = read()
+    assert said == dict.fromkeys(rows_of(results), cuda)
+    assert ("this script's loop" in footer) == cuda
     serve(results)
-    times = [f"{name}{end}" for name in (user, batch) for end in ("", ", served")
-             if cuda or end]
-    assert list(read_lines(results)) == ["memory", *times, *prompts]
-    config["batch_sizes"], config["prompt_lengths"] = [1], []
-    assert list(read_lines(results)) == ["memory", *times[: len(times) // 2]]
+    results["config"] |= dict(batch_sizes=[1], prompt_lengths=[])
+    said, footer = read()
+    assert said == dict.fromkeys(rows_of(results), True)
+    assert "vllm 0.26.0" in footer and "loop" not in footer
+    rows_of(results)[FP8]["served"] = quant_lab.SERVED | dict(engine="vllm 0.26.0", error="no")
+    said, footer = read()
+    assert said == dict.fromkeys(rows_of(results), True) | {FP8: False}
+    assert "vllm 0.26.0" in footer
+    rows_of(results)[FP8]["served"] = None  # Not tried: the loop decides again.
+    said, footer = read()
+    assert said == dict.fromkeys(rows_of(results), cuda)
+    assert ("this script's loop" in footer) == cuda and "vllm" not in footer
 
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_the_picture_shows_the_figures(name):
     results = read(name, served=True)
-    rows, found = rows_of(results), read_lines(results)
-    base, batch = rows[BASE], max(results["config"]["batch_sizes"])
-    takes = {"memory": lambda row: row["weights_memory_bytes"]}
-    takes |= {f"{title}{end}": take for end in ("", ", served") for title, take in {
-        "one user": lambda row: row["latency_s"],
-        f"batch {batch}": lambda row: next(
-            one["itl_ms"] or one["error"] for one in row["decode"] if one["batch"] == batch),
-        "prompt 2,048": lambda row: row["prefill"][-1]["ttft_s"]}.items()}
-    for title, ranges in found.items():
-        for label, row in rows.items():
-            pair = [row["served"] if "served" in title else row for row in (row, base)]
-            mine, theirs = map(takes[title], pair)
-            if isinstance(mine, str):
-                assert label not in ranges
-                continue
-            low, dot, high = ranges[label]
-            if title == "memory":
-                assert low == high == dot == pytest.approx(mine / theirs)
-                continue
-            assert [low, high] == pytest.approx(
-                [mine[x] / theirs["median"] for x in ("min", "max")])
-            noisy = any(x["max"] > 1.3 * x["min"] for x in (mine, theirs)) or (
-                "served" in title and pair[0]["drift"] > 0.05)
-            assert dot == (None if noisy else pytest.approx(mine["median"] / theirs["median"]))
+    rows, cuda = rows_of(results), results["machine"]["device"] == "cuda"
+    served = all(row["served"] and row["served"]["drift"] <= 0.05 for row in rows.values())
+    assert served == (name == "h200-7b"), "a server, the loop and neither are all here"
+    times = {label: (row["served"] if served else row)["latency_s"]
+             for label, row in rows.items() if served or cuda}
+    calm = {label: x for label, x in times.items() if x["max"] <= 1.3 * x["min"]}
     labels, points = read_labels(results), read_points(results)
     assert set(labels) == set(points) == set(rows)
     for label, row in rows.items():
@@ -1130,7 +1116,11 @@ def test_the_picture_shows_the_figures(name):
         room = row["kv_tokens"]
         assert users == ([] if room is None else [f"{room // 8192:,}"])
         loss = 100 * (row["perplexity_ratio"]["value"] - 1)
-        assert changed == f"perplexity {loss:+.1f} %"
+        wanted = f"perplexity {loss:+.1f} %"
+        if label in calm and BASE in calm:
+            slower = 100 * (calm[label]["median"] / calm[BASE]["median"] - 1)
+            wanted += f", latency {slower:+.1f} %"
+        assert changed == wanted
         point, kld = points[label], row["kld"]
         assert set(point.get_xdata()) == {row["weight_bytes"] / 1e6}
         assert list(point.get_ydata()) == [kld["low"], kld["mean"], kld["high"]]
@@ -1148,23 +1138,24 @@ def test_title_and_footer_say_what_follows_and_of_what(name):
     for fact in (results["model_name"], results["inputs"]["model_files"][:7],
                  results["machine"]["name"], results["created"][:10]):
         assert fact in footer
-    assert "hollow: not surely within 2 %" in figure.subfigs[0].axes[0].get_xlabel()
+    axes, = figure.axes
+    assert "hollow: not surely within 2 %" in axes.get_xlabel()
 
 
 @pytest.mark.parametrize("spoil", [run_eight, fail_last, serve_eight])
 def test_a_variant_has_one_color_everywhere(results, spoil):
-    """That is how its label, its point and its ranges are told: each is of a known one."""
+    """That is how its label, its point and the line between are told: each is of a known one."""
     spoil(results)
     rows, labels = rows_of(results), read_labels(results)
     assert labels[BASE].get_color() == "black" and "black" not in {
         text.get_color() for label, text in labels.items() if label != BASE}
     assert set(read_points(results)) == {
         label for label, row in rows.items() if row["status"] == "ok"}
-    for point in read_points(results).values():
+    for label, point in read_points(results).items():
         assert point.get_markeredgecolor() == point.get_color()
         assert point.get_markerfacecolor() in ("white", point.get_color())
-    for ranges in read_lines(results).values():
-        assert set(ranges) <= set(rows)
+        assert labels[label].arrow_patch.get_edgecolor() == to_rgba(point.get_color())
+        assert labels[label].xy == tuple(point.get_xydata()[1])
 
 
 @pytest.mark.parametrize("spread", [1.02, 2])
@@ -1172,10 +1163,9 @@ def test_failures_show_in_the_picture(calm, spread):
     calm["machine"]["device"] = "cuda"
     fail_last(calm)
     set_spread(calm["variants"][0], spread)  # A noisy baseline hides no failure.
-    found = read_lines(calm)
-    assert len(found) == 4
-    for ranges in found.values():
-        assert INT8 not in ranges and ranges[CONTROL] == ranges[INT4]
+    changes = read_changes(calm)
+    assert set(changes) == {BASE, FP8, INT4, CONTROL} and changes[CONTROL] == changes[INT4]
+    assert all(("latency" in changed) == (spread < 1.3) for changed in changes.values())
     labels = {label: text.get_text() for label, text in read_labels(calm).items()}
     assert [label for label, said in labels.items() if "failed" in said] == [INT8]
     assert labels[INT8] == "SmoothQuant W8A8, failed"
@@ -1184,16 +1174,18 @@ def test_failures_show_in_the_picture(calm, spread):
 
 def test_eight_variants_are_all_in_the_picture(results):
     run_eight(results)
-    labels, memory = list(quant_lab.VARIANTS), read_lines(results)["memory"]
-    assert set(read_labels(results)) == set(read_points(results)) == set(memory) == set(labels)
-    assert [memory[label][1] for label in labels[4:]] == [2, 3, 4, 5]
+    labels, said = list(quant_lab.VARIANTS), read_labels(results)
+    assert set(said) == set(read_points(results)) == set(read_changes(results)) == set(labels)
+    base = rows_of(results)[BASE]["weights_memory_bytes"] / 1e6
+    found = [numbers(said[label].get_text().partition(", ")[2])[0] for label in labels[4:]]
+    assert found == pytest.approx([n * base for n in (2, 3, 4, 5)], rel=1e-3, abs=0.06)
 
 
 def test_a_variant_without_speed_keeps_its_other_figures(calm):
     calm["machine"]["device"], calm["config"]["max_loss"] = "cuda", 9
     lose_speed(calm)
-    for name, ranges in read_lines(calm).items():
-        assert (INT4 in ranges) == (name == "memory") and ranges[INT8][1] > 0
+    for label, changed in read_changes(calm).items():
+        assert ("latency" in changed) == (label != INT4) and "perplexity" in changed
     for title, there in (("KLD", True), ("weights MB", True), ("tokens/s", False),
                          ("TTFT ms", False), ("batch 8 tok/s", False),
                          ("TTFT of 128 ms", False), ("KV tokens", False)):
@@ -1207,10 +1199,14 @@ def test_a_variant_without_speed_keeps_its_other_figures(calm):
 
 
 @pytest.mark.parametrize("spoil", [leave_one, fail_first, fail_all])
-def test_without_a_baseline_the_picture_compares_nothing(results, spoil):
+def test_without_a_baseline_the_picture_compares_no_times(results, spoil):
+    """Perplexity is still that over the original's, which needs no row of a baseline."""
     serve(results)
     spoil(results)
-    assert read_lines(results) == {}
+    assert read_changes(results) == {
+        row["label"]: dict(perplexity=pytest.approx(
+            100 * (row["perplexity_ratio"]["value"] - 1), abs=0.051))
+        for row in results["variants"] if row["status"] == "ok"}
 
 
 # Model cards.

@@ -63,12 +63,13 @@ def advise(results):
         row | good for row in results["variants"]]))
 
 
-def read_lines(results):
-    """Return the dots on each line of the lower half of the picture, by its name."""
-    axes, = quant_lab.draw_summary(results).subfigs[1].axes
-    return {text.get_text(): [line.get_xdata()[1] for line in axes.lines[:-1]
-                              if line.get_marker() == "o" and round(line.get_ydata()[1]) == n]
-            for n, text in enumerate(axes.get_yticklabels())}
+def read_latency(results):
+    """Return by how many percent latency differs, None if it is not said, by variant's name."""
+    axes, = quant_lab.draw_summary(results).axes
+    found = {text.get_text().partition(",")[0]: re.search(
+        r"perplexity [+-][\d.]+ %(?:, latency ([+-][\d.]+) %)?$", text.get_text())[1]
+        for text in axes.texts}
+    return {name: x and float(x) for name, x in found.items()}
 
 
 def go_on(served, tmp_path, *words):
@@ -131,10 +132,11 @@ def test_the_report_shows_and_ranks_what_the_server_gave(served):
             many, "tokens/s in batches of 2, in vllm 0.26.0; 2.00"):
         assert {one["variant"], *one["ties"]} == {FP8, W8A8}
         assert f"{unit} times the baseline's" in one["why"]
-    lines = read_lines(served.results)
-    assert list(lines) == ["memory", "one user, served", "batch 2, served"]
-    for name in list(lines)[1:]:
-        assert sorted(lines[name]) == pytest.approx([0.5, 0.5, 1], rel=0.01)
+    names = [quant_lab.name_variant(label) for label in (BASE, FP8, W8A8)]
+    assert read_latency(served.results) == pytest.approx(
+        dict(zip(names, (0, -50, -50))), abs=0.5)
+    footer = quant_lab.draw_summary(served.results)._supxlabel.get_text()
+    assert "vllm 0.26.0" in " ".join(footer.split())
     card = (served.folder / "checkpoints" / FP8 / "README.md").read_text(encoding="utf-8")
     assert "As served by vllm 0.26.0" in card and f"| {W8A8}" not in card
     assert f"`vllm bench serve --model checkpoints/{FP8}`" in " ".join(card.split())
@@ -148,11 +150,12 @@ def test_until_all_were_tried_the_own_loop_decides(served):
         assert "in this script, on a CPU" in one["why"] and "vllm" not in one["why"]
     tables = quant_lab.render_tables(results, rows)
     assert tables.count(FP8) == 5, "quality, speed, batches, prompts, cost"
-    assert [len(dots) for dots in read_lines(results).values()] == [3, 2, 2]
+    names = [quant_lab.name_variant(label) for label in (BASE, FP8, W8A8)]
+    assert read_latency(results) == dict.fromkeys(names)
     for row in rows:
         row["served"] = None
     assert "As served" not in quant_lab.render_tables(results, rows)
-    assert list(read_lines(results)) == ["memory"]
+    assert read_latency(results) == dict.fromkeys(names)
 
 
 def test_finished_figures_are_kept(served, tmp_path, capsys):
