@@ -169,7 +169,7 @@ class Options:
     vllm: str = option("", "python of an environment with vLLM, to measure there, too")
     tasks: tuple = option((), "names from lm-eval: arc_easy hellaswag gsm8k ...")
     task_limit: int = option(200, "documents a task, from its first on", 1)
-    tasks_path: str = option("", "folder of tasks of your own, .yaml or .jsonl")
+    tasks_path: str = option("", "folder of tasks of your own, in lm-eval's YAML")
     demo: bool = option(False, "tiny model and text beside this: no GPU, no network")
     calibration_data: str = option(ULTRACHAT, "a .json(l) closer to your traffic")
     calibration_samples: int = option(256, "more if modules fall back to rounding", 1)
@@ -224,7 +224,7 @@ def parse_options(words: list[str]) -> Options:
     given.dtype = dict(zip(DTYPES.values(), DTYPES)).get(given.dtype, given.dtype)
     for flag, f in flags.items():
         value, low, high = getattr(given, f.name), f.metadata["low"], f.metadata["high"]
-        least = value[0] if isinstance(value, tuple) else value
+        least = value[0] if value and isinstance(value, tuple) else value
         if low is not None and not low <= least <= high:
             stop(f"{flag} {least}: not from {low} to {high}")
     return Options(**vars(given))
@@ -282,7 +282,7 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
             "an embedding model, it writes no text": "modules.json" in names,
             "quantized already: use original": "quantization_config" in config,
             f"{kind}, no known causal LM": kind not in str(causal),
-            "no safetensors: save_pretrained them": ".safetensors" not in names}
+            "no safetensors; save_pretrained makes them": ".safetensors" not in names}
         for obstacle in [text for text, holds in obstacles.items() if holds]:
             stop(f"--model {options.model}: {obstacle}")
         model = AutoModelForCausalLM.from_pretrained(  # Opens each file.
@@ -409,7 +409,6 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
     draft, row = folder.with_suffix(".partial"), dict(notes=[], quantize_seconds=0)
     shutil.rmtree(draft, ignore_errors=True)
     chats = Dataset.from_dict(lab.samples) if VARIANTS[label].calibrated else None
-    torch.manual_seed(lab.options.seed)
     model = place_model(lab.model_folder, lab.options, torch.device("cpu"))
     recipe = build_recipe(label, lab.options)
     with llmcompressor_session(model) as log:
@@ -610,6 +609,9 @@ imagined, one lost, one gained (Bonett and Price, *Journal of Educational and Be
 Statistics* 37, 2012); for a value four, two of them right (Agresti and Coull, *The
 American Statistician* 52, 1998). A document changed since goes unnoticed: `--fresh`.
 
+What the verdict calls a loss is one for all comparisons together; at 200 documents only
+losses of some points can be. How many would show one point stands beside it.
+
 On a GPU, layers are compiled for choices, else rounding activations takes four times as
 long as float16 (H200). Where the model writes they are not, and 8-bit formats wait."""
 
@@ -629,7 +631,8 @@ def do_task(lm, tasks: list, options: Options) -> dict:
     import lm_eval
     start, writes = now(), all(x.OUTPUT_TYPE == "generate_until" for x in tasks)
     in_chat = writes and not options.plain_text
-    with torch.compiler.set_stance("force_eager" if writes else "default"):
+    with (torch.compiler.set_stance("force_eager" if writes else "default"),
+          patch.multiple(lm_eval.evaluator, add_env_info=id, get_git_commit_hash=str)):
         found = lm_eval.simple_evaluate(
             lm, tasks=tasks, limit=options.task_limit, bootstrap_iters=0,
             apply_chat_template=in_chat, fewshot_as_multiturn=in_chat,
@@ -1182,8 +1185,8 @@ def render_tables(results: dict, rows: list[dict]) -> str:
                      f"end, is {drift}. Under load: `vllm bench serve`.")
         parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
     if scores := list_scores(rows):
-        parts += [f"Tasks, by lm-eval: {config['task_limit']} documents of each, or all; "
-                  "differences are paired.", render_table(TASKS, scores)]
+        parts += [f"Tasks, by lm-eval: {config['task_limit']} documents each, or all. "
+                  "Differences are paired.", render_table(TASKS, scores)]
     return "\n\n".join(parts)
 
 def list_scores(rows: list[dict]) -> list[dict]:

@@ -177,21 +177,6 @@ def test_a_misspelt_option_is_named(capsys, typed):
     assert "--help lists the options" in said
 
 
-def test_a_notebook_reads_the_environment_instead_of_the_kernels_words(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
-    monkeypatch.setattr(quant_lab, "IN_NOTEBOOK", True)
-    monkeypatch.setenv("QUANT_LAB_ARGS", '--demo --eval-text "my text.txt"')
-    assert quant_lab.read_words() == ["--demo", "--eval-text", "my text.txt"]
-    monkeypatch.delenv("QUANT_LAB_ARGS")
-    assert quant_lab.read_words() == []
-
-
-def test_a_script_reads_its_own_words(monkeypatch):
-    monkeypatch.setenv("QUANT_LAB_ARGS", "--fresh")
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--demo"])
-    assert quant_lab.read_words() == ["--demo"]
-
-
 def refused(run, *names, lines=1):
     assert run.code == 2, run.out + run.err
     for inside in ("Traceback", "<function", "functools", " object at 0x", "ValueError:"):
@@ -362,10 +347,10 @@ def make_embedding(folder):
 
 
 @pytest.mark.parametrize("make, file, reason, way_out", [
-    (make_gguf, "", "no safetensors", "what save_pretrained makes"),
-    (make_gguf, "model-q4_k_m.gguf", "no safetensors", "what save_pretrained makes"),
+    (make_gguf, "", "no safetensors", "save_pretrained makes them"),
+    (make_gguf, "model-q4_k_m.gguf", "no safetensors", "save_pretrained makes them"),
     (make_adapter, "", "LoRA adapter", "merge"),
-    (damage_no_weights, "", "no safetensors", "what save_pretrained makes"),
+    (damage_no_weights, "", "no safetensors", "save_pretrained makes them"),
     (make_bert, "", "BertForMaskedLM", "causal LM"),
     (make_embedding, "", "embedding model", "no text"),
     (damage_already_quantized, "", "quantized already", "original")])
