@@ -645,8 +645,8 @@ def do_task(lm, tasks: list, options: Options) -> dict:
     total = sum(one[key] * one["sample_len"] for one in found["results"].values())
     if not math.isclose(sum(scores), total, abs_tol=1e-6):
         raise ValueError(f"{key} is not the mean over documents")
-    return dict(metric=key.removesuffix(",none"), documents=len(scores), scores=scores,
-                limit=options.task_limit, seconds=seconds)
+    return dict(metric=metric, filter=last["filter"], documents=len(scores),
+                scores=scores, limit=options.task_limit, seconds=seconds)
 
 def imagine(scores: Tensor, imagined: list) -> dict:
     """Return the mean of scores, and its interval with imagined ones among them."""

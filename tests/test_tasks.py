@@ -140,7 +140,7 @@ def test_answers_are_those_of_lm_evals_command_line(done, asked, label, name, gr
     task = done.rows[label]["tasks"][name]
     results, samples = asked[label, group].result()
     key, kind = metric.split(",")
-    assert task["metric"] == metric.removesuffix(",none")
+    assert (task["metric"], task["filter"]) == (key, kind)
     assert task["scores"] == [x[key] for x in samples[name] if x["filter"] == kind]
     assert task["value"] == results["results"][name][metric]
 
