@@ -1200,12 +1200,11 @@ def judge_tasks(rows: list[dict]) -> str:
     found = [line for line in list_scores(rows) if line["label"] != BASELINE]
     wider = statistics.NormalDist().inv_cdf(1 - 0.025 / max(1, len(found))) / 1.96
     certain, needed = [], 0
-    for line in found:
-        value, low, high = line["difference"].values()
-        needed = max(needed, line["documents"] * ((high - low) / 0.02) ** 2)
+    for x in found:
+        value, low, high = x["difference"].values()
+        needed = max(needed, x["documents"] * ((high - low) / 0.02) ** 2)
         if low + high < -wider * (high - low):
-            what = f"{name_variant(line['label'])} in {line['task']}"
-            certain.append(f"{what} ({value:+.3f})")
+            certain.append(f"{name_variant(x['label'])} in {x['task']} ({value:+.3f})")
     return found and fill(
         f"Tasks: of {len(found)} comparisons these show a loss, at 95 % for all: "
         f"{', '.join(certain) or 'none'}. One of 0.01 takes {needed:,.0f} documents.")
@@ -1428,7 +1427,8 @@ def place_model(folder: Path, options: Options, device: torch.device):
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
     if quantized and not model.packs:
         model.hf_quantizer.compressor.decompress_model(model)
-        model.to(getattr(torch, options.dtype))  # NVFP4 comes out in bfloat16.
+        for parameter in [p for p in model.parameters() if p.dtype == torch.bfloat16]:
+            parameter.data = parameter.data.to(getattr(torch, options.dtype))  # NVFP4.
         for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
             linear.forward = partial(forward_rows, linear.forward)
     if model.packs:
