@@ -116,9 +116,8 @@ def build_recipe(label: str, options) -> list:
     from llmcompressor.modifiers import gptq, quantization, transform
     modifiers = SimpleNamespace(**vars(gptq) | vars(quantization) | vars(transform))
     scheme, recipe, _ = VARIANTS[label]
-    if recipe:
-        return recipe(modifiers, options)
-    return [modifiers.QuantizationModifier(scheme=scheme, **LINEAR)]
+    return recipe(modifiers, options) if recipe else [
+        modifiers.QuantizationModifier(scheme=scheme, **LINEAR)]
 
 # %% [markdown]
 """## Options
@@ -650,10 +649,9 @@ def do_task(lm, tasks: list, options: Options) -> dict:
 
 def imagine(scores: Tensor, imagined: list) -> dict:
     """Return the mean of scores, and its interval with imagined ones among them."""
-    both, least = torch.cat([scores, torch.tensor(imagined)]), min([0, *imagined])
-    interval = estimate(both[:, None], lambda x: max(least, min(x, 1)),
-                        blocks=len(both))
-    return interval | dict(value=scores.mean().item())
+    x, least = torch.cat([scores, torch.tensor(imagined)]), min([0, *imagined])
+    return estimate(x[:, None], lambda y: max(least, min(y, 1)), blocks=len(x)) | dict(
+        value=scores.mean().item())
 
 def compare_scores(mine: dict, base: dict | bool) -> dict:
     """Return value, recovery, flips, and the paired difference; False is no other."""
@@ -1181,8 +1179,10 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     if served := [as_served(row) for row in rows if row.get("served")]:
         drift = max(row["drift"] for row in served)
         drift = f"{100 * drift:.1f} % off" if drift < math.inf else "not compared"
-        parts.append(f"As served by {served[0]['engine']}; the baseline, again at the "
-                     f"end, is {drift}. Under load: `vllm bench serve`.")
+        parts.append(fill(
+            f"As served by {served[0]['engine']}; the baseline, again at the end, {drift}."
+            f" Under load: `vllm bench serve --model {served[-1]['checkpoint']} "
+            f"--random-input-len {done['prompt_tokens']}`."))
         parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
     if scores := list_scores(rows):
         parts += [f"Tasks, by lm-eval: {config['task_limit']} documents each, or all. "

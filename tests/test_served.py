@@ -121,7 +121,9 @@ def test_completions_are_compared_with_the_labs(served):
 def test_the_report_shows_and_ranks_what_the_server_gave(served):
     summary = " ".join((served.folder / "summary.md").read_text(encoding="utf-8").split())
     assert "As served by vllm 0.26.0" in summary and "0.0 % off" in summary
-    assert f"Under load: `vllm bench serve --model checkpoints/{W8A8}`." in summary
+    prompt = served.results["variants"][0]["prompt_tokens"]
+    assert (f"Under load: `vllm bench serve --model checkpoints/{W8A8} --random-input-len "
+            f"{prompt}`.") in summary
     table = quant_lab.render_tables(served.results, served.results["variants"]).split("\n\n")
     assert "kernel |" in table[-1] and "12,345" in table[-1] and "StandInKernel" in table[-1]
     fp8 = served.results["variants"][1]["served"]["decode"][0]["tok_s"]["median"]
@@ -139,7 +141,7 @@ def test_the_report_shows_and_ranks_what_the_server_gave(served):
     assert "vllm 0.26.0" in " ".join(footer.split())
     card = (served.folder / "checkpoints" / FP8 / "README.md").read_text(encoding="utf-8")
     assert "As served by vllm 0.26.0" in card and f"| {W8A8}" not in card
-    assert f"`vllm bench serve --model checkpoints/{FP8}`" in " ".join(card.split())
+    assert f"`vllm bench serve --model checkpoints/{FP8} --random-input-len" in " ".join(card.split())
 
 
 def test_until_all_were_tried_the_own_loop_decides(served):
