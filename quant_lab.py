@@ -167,7 +167,7 @@ class Options:
                             choices=("packed", "emulated"))
     vllm: str = option("", "python of an environment with vLLM, to measure there, too")
     tasks: tuple = option((), "names from lm-eval: arc_easy hellaswag gsm8k ...")
-    task_limit: int = option(200, "documents a task, from its first on", 1)
+    task_limit: int = option(200, "documents a task, from its first on", 2)
     tasks_path: str = option("", "folder of tasks of your own, in lm-eval's YAML")
     demo: bool = option(False, "tiny model and text beside this: no GPU, no network")
     calibration_data: str = option(ULTRACHAT, "a .json(l) closer to your traffic")
@@ -305,8 +305,8 @@ def fetch(source: str, files: str, column: str, rows: int | None = None) -> list
     from huggingface_hub import snapshot_download
     from pyarrow.parquet import read_table
     folder = Path(snapshot_download(source, repo_type="dataset", allow_patterns=files))
-    table = read_table(min(folder.glob(files)), columns=[column])
-    return table[column][:rows].to_pylist()
+    data = read_table(min(folder.glob(files), default=folder / files), columns=[column])
+    return data[column][:rows].to_pylist()
 
 # %%
 def read_chat(entry: dict) -> list[dict] | str:
@@ -385,7 +385,6 @@ def load_evaluation(options: Options, tokenizer, context: int) -> tuple[Tensor, 
     if window > context or not 0 < size <= len(ids):
         stop(f"--window {window}: at most {context} (context) or {len(ids)} ({source})")
     at = range(0, len(ids) - size + 1, size)[: options.max_windows or None]
-    print(f"evaluation   {source}: {len(ids):,} tokens, {len(at)} windows of {window}")
     return torch.tensor([begin + ids[i : i + size] for i in at]), begin
 
 # %% [markdown]
@@ -541,9 +540,9 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
 def estimate(values: Tensor, scale=float, name="value", blocks: int = 0) -> dict:
     """Return the mean of values [windows, n] and its 95 % interval, by windows."""
     mean, windows = values.mean().item(), len(values)
-    blocks = blocks or min(10, max(4, windows // 5))
-    if windows < FEWEST and windows != blocks:
+    if windows < FEWEST and not blocks:
         return {name: scale(mean), "low": None, "high": None}
+    blocks = blocks or min(10, max(4, windows // 5))
     places = torch.arange(windows) * blocks // windows
     sums = torch.bincount(places, weights=(values - mean).sum(1))
     n = blocks - 1  # Degrees of freedom; 1.960 is the normal distribution's.
@@ -596,13 +595,13 @@ Does it still do the task? `--tasks` names some of EleutherAI's
 install lm-eval`), which asks and scores; `--tasks-path` is a folder with YAML of your
 own. The model stays packed. It gets its chat template where it writes, and none where
 likelihoods of choices are compared. A group is one task, all documents alike, as where
-lm-eval weighs by size. Of several metrics the last counts (`acc_norm`, not `acc`) that
-is a number for each document; a value that lm-eval does not confirm is refused.
+lm-eval weighs by size. Of several metrics, and filters, the last counts (`acc_norm`; of
+gsm8k `flexible-extract`) that is a number from 0 to 1, better if greater.
 
 All variants get the same documents, the first `--task-limit`. **Recovery**: the value
 over the baseline's. **Lost**, **gained**: documents scored lower and higher than by the
 baseline. **Difference**: the mean over documents of both scores', so how hard one is
-cancels. Documents, unlike windows, do not continue each other: no blocks, but McNemar's
+cancels. Documents, unlike windows, are taken as independent: no blocks, but McNemar's
 setting. Where few answers flip, a plain interval is too short: two documents are
 imagined, one lost, one gained (Bonett and Price, *Journal of Educational and Behavioral
 Statistics* 37, 2012); for a value four, two of them right (Agresti and Coull, *The
@@ -627,7 +626,7 @@ def load_tasks(options: Options, log: Path) -> dict[str, list]:
 
 def do_task(lm, tasks: list, options: Options) -> dict:
     """Return lm-eval's metric and scores of the documents of tasks, in their order."""
-    import lm_eval
+    import lm_eval.evaluator
     start, writes = now(), all(x.OUTPUT_TYPE == "generate_until" for x in tasks)
     in_chat = writes and not options.plain_text
     with (torch.compiler.set_stance("force_eager" if writes else "default"),
@@ -637,12 +636,13 @@ def do_task(lm, tasks: list, options: Options) -> dict:
             apply_chat_template=in_chat, fewshot_as_multiturn=in_chat,
             task_manager=lm_eval.tasks.TaskManager(include_defaults=False))
     seconds, samples = now() - start, sum(found["samples"].values(), [])
-    last = samples[-1]
-    metric = [x for x in last["metrics"] if isinstance(last[x], (int, float))][-1]
+    last, is_better = samples[-1], tasks[-1].higher_is_better()
+    metric = [x for x in last["metrics"] if is_better.get(x)
+              and isinstance(last[x], (int, float)) and 0 <= last[x] <= 1][-1]
     samples = [x for x in samples if x["filter"] == last["filter"]]
     scores, key = [x[metric] for x in samples], f"{metric},{last['filter']}"
     total = sum(one[key] * one["sample_len"] for one in found["results"].values())
-    if not math.isclose(sum(scores), total, abs_tol=1e-6):
+    if not math.isclose(sum(scores), total, abs_tol=1e-6) or max(scores) > 1:
         raise ValueError(f"{key} is not the mean over documents")
     return dict(metric=metric, filter=last["filter"], documents=len(scores),
                 scores=scores, limit=options.task_limit, seconds=seconds)
@@ -664,28 +664,29 @@ def compare_scores(mine: dict, base: dict | bool) -> dict:
 
 # %%
 def measure_tasks(label: str, lab: SimpleNamespace) -> None:
-    options, row, base = lab.options, lab.rows[label], lab.rows[BASELINE]["tasks"]
-    done, folder, out = row["tasks"], lab.output / "checkpoints" / label, sys.stdout
-    todo = [x for x in lab.tasks if done.get(x, {}).get("limit") != options.task_limit]
-    with libraries_to(lab.output / "log.txt"):
-        if todo:
-            from lm_eval.models.huggingface import HFLM
-            model = place_model(folder, options, lab.device)
-            lm = HFLM(pretrained=model, tokenizer=str(folder), batch_size=8)
-            if lab.device.type == "cuda" and not options.no_compile:
-                model.config.use_cache = False  # It would tie each layer to its number.
-                for layer in getattr(find_decoder(model), "layers", ()):
-                    layer.compile(dynamic=True, options=dict(
-                        emulate_precision_casts=True))  # Rounds where 16 bits do.
-        for name in todo:
-            print(f"{label:20} does {name}", file=out, flush=True)
-            row["notes"] = [x for x in row["notes"] if not x.startswith(f"no {name}: ")]
+    row, base = lab.rows[label], lab.rows.get(BASELINE, ROW)["tasks"]
+    done, folder, lm = row["tasks"], lab.output / "checkpoints" / label, None
+    todo = [x for x in lab.tasks if (x in base or done is base)
+            and done.get(x, {}).get("limit") != lab.options.task_limit]
+    for name in todo:
+        print(f"{label:20} does {name}", flush=True)
+        row["notes"] = [x for x in row["notes"] if not x.startswith(f"no {name}: ")]
+        with libraries_to(lab.output / "log.txt"):
             try:
-                new = do_task(lm, lab.tasks[name], options)
+                if lm is None:
+                    from lm_eval.models.huggingface import HFLM
+                    model = place_model(folder, lab.options, lab.device)
+                    lm = HFLM(pretrained=model, tokenizer=str(folder), batch_size=8)
+                    compiled = lab.device.type == "cuda" and not lab.options.no_compile
+                    model.config.use_cache = not compiled  # It ties layers to numbers.
+                    for layer in getattr(find_decoder(model), "layers", ()):
+                        layer.compile(dynamic=True, disable=not compiled)
+                new = do_task(lm, lab.tasks[name], lab.options)
                 done[name] = new | compare_scores(new, done is not base and base[name])
             except Exception as error:
                 traceback.print_exc()
                 row["notes"].append(f"no {name}: {quote(describe(error))}")
+        write_outputs(lab)
 
 # %% [markdown]
 """## Speed
@@ -964,7 +965,7 @@ ROW = dict.fromkeys("""
     group_size smoothing notes perplexity perplexity_interval perplexity_ratio
     tokens_scored window_losses kld top1_agreement divergence weights_memory_bytes
     peak_memory_bytes kv_bytes_per_token kv_tokens ttft_s latency_s prefill decode
-    prompt_tokens runs_as served tasks fingerprint""".split())
+    prompt_tokens runs_as served fingerprint""".split()) | dict(tasks={})
 SCHEMA = 7  # Raised when keys go: older results are refused.
 MAY_DIFFER = ("variants", "output_dir", "vllm", "tasks", "task_limit", "tasks_path",
               "max_loss", "fresh", "memory_bytes")
@@ -1046,9 +1047,9 @@ def run_variant(label: str, lab: SimpleNamespace) -> None:
         mark = lab.rows.get(label, ROW)["fingerprint"]
         if mark != lab.marks[label] or not read_checkpoint(label, lab):
             lab.rows[label] = measure_row(label, lab)
+        write_outputs(lab)
         if lab.rows[label]["status"] == "ok":
             measure_tasks(label, lab)
-        write_outputs(lab)
     show(render_result(label, collect_results(lab)))
 
 # %%
@@ -1112,9 +1113,10 @@ USERS = f"users of {CONTEXT:,}", "users", 0, 1
 COST = (("weights MB", "weights_memory_bytes", 1, 1e-6),
         ("peak MB", "peak_memory_bytes", 1, 1e-6), ("KV tokens", "kv_tokens", 0, 1),
         USERS, ("quantize s", "quantize_seconds", 1, 1))
-TASKS = (("task", "task", 0, 1), ("metric", "metric", 0, 1), ("value", "score", 3, 1),
-         ("recovery %", "recovery", 1, 1), ("difference", "difference", 3, 1),
-         ("lost", "lost", 0, 1), ("gained", "gained", 0, 1))
+TASKS = (("task", "task", 0, 1), ("metric", "metric", 0, 1), ("of", "documents", 0, 1),
+         ("value", "score", 3, 1), ("recovery %", "recovery", 1, 1),
+         ("difference", "difference", 3, 1), ("lost", "lost", 0, 1),
+         ("gained", "gained", 0, 1))
 ROOM = COST[2], ("same tokens", "divergence", 0, 1), ("kernel", "kernel", 0, 1)
 
 def as_served(row: dict) -> dict:
@@ -1164,12 +1166,12 @@ def render_table(columns: list[tuple], rows: list[dict], *more: list[str]) -> st
         for name, *cells in (*lines, *more))
 
 def render_tables(results: dict, rows: list[dict]) -> str:
-    config = results["config"]
+    config, begin = results["config"], results["inputs"]["window_begin"]
     done = max([ROW, *rows], key=lambda x: (bool(x["kld"]), x["prompt_tokens"] or 0))
     parts = [fill(
-        f"{quote(Path(config['eval_text']).name)}, {done['tokens_scored'] or 0:,} "
-        f"tokens in windows of {config['window']:,}. ±: half a 95 % interval. "
-        f"KLD: nats. Times: median (least–greatest) of {config['repeats']}, for "
+        f"{quote(Path(config['eval_text']).name)} {done['tokens_scored'] or 0:,} tokens"
+        f" in windows of {config['window']:,}, BOS {quote(begin) or 'none'}; ±: half a "
+        f"95 % interval; times: median (least–greatest) of {config['repeats']}, of "
         f"{config['new_tokens']} tokens after {done['prompt_tokens'] or 0}.")]
     batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
     lengths = [(f"TTFT of {n:,} ms", f"ttft_s@{n}", 1, 1000)
@@ -1185,8 +1187,7 @@ def render_tables(results: dict, rows: list[dict]) -> str:
             f"--random-input-len {done['prompt_tokens']}`."))
         parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
     if scores := list_scores(rows):
-        parts += [f"Tasks, by lm-eval: {config['task_limit']} documents each, or all. "
-                  "Differences are paired.", render_table(TASKS, scores)]
+        parts += ["Tasks, by lm-eval, in pairs:", render_table(TASKS, scores)]
     return "\n\n".join(parts)
 
 def list_scores(rows: list[dict]) -> list[dict]:
@@ -1202,12 +1203,12 @@ def judge_tasks(rows: list[dict]) -> str:
     certain, needed = [], 0
     for x in found:
         value, low, high = x["difference"].values()
-        needed = max(needed, x["documents"] * ((high - low) / 0.02) ** 2)
+        needed = max(needed, x["documents"] * (wider * (high - low) / 0.02) ** 2)
         if low + high < -wider * (high - low):
             certain.append(f"{name_variant(x['label'])} in {x['task']} ({value:+.3f})")
     return found and fill(
         f"Tasks: of {len(found)} comparisons these show a loss, at 95 % for all: "
-        f"{', '.join(certain) or 'none'}. One of 0.01 takes {needed:,.0f} documents.")
+        f"{', '.join(certain) or 'none'}. To see .01: up to {needed:,.0f} documents.")
 
 def relate(row: dict, base: dict, key: str) -> float:
     mine, theirs = read_figure(row, key), read_figure(base, key)
@@ -1761,8 +1762,7 @@ def libraries_to(log: Path):
 
 def show_progress(what: str, items) -> tqdm:
     log = dict(mininterval=60, maxinterval=60, bar_format="{l_bar}{bar}{r_bar}\n")
-    style = dict(leave=False) if OUTPUT.isatty() else log
-    return tqdm(items, what, file=OUTPUT, delay=10, **style)
+    return tqdm(items, what, file=OUTPUT, delay=10, **{} if OUTPUT.isatty() else log)
 
 def quote(text: str) -> str:
     text = one_line(text).replace("`", "'")
@@ -1897,11 +1897,11 @@ def set_up(words: list[str]) -> SimpleNamespace:
         lab.output = Path(output).expanduser()
         lab.output.mkdir(parents=True, exist_ok=True)
         lab.engine = options.vllm and find_engine(options, lab.output / "vllm.log")
+        lab.tasks = load_tasks(options, lab.output / "log.txt")
         if options.fresh:
             (lab.output / "results.json").unlink(missing_ok=True)
             for label in VARIANTS:
                 shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
-        lab.tasks = load_tasks(options, lab.output / "log.txt")
         take_over(lab)
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))

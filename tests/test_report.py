@@ -337,6 +337,14 @@ def test_all_batches_are_one_table_and_all_lengths_another():
             assert many or max(map(len, block.split("\n"))) <= 120
 
 
+def test_the_caption_says_what_begins_a_window():
+    results = read("demo-cpu")
+    for begin, said in ("", "BOS none;"), ("<bos>", "BOS `<bos>`;"):
+        results["inputs"]["window_begin"] = begin
+        text = " ".join(quant_lab.render_tables(results, results["variants"]).split())
+        assert f"in windows of 512, {said} ±" in text
+
+
 def test_tables_of_failures_alone(results):
     results["variants"] = [fail(row) for row in results["variants"]]
     for table in read_tables(quant_lab.render_summary(results)):

@@ -3,12 +3,14 @@
 import functools
 import json
 import math
+import os
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import BESIDE, LABELS, ROOT, quick_words, read_strict
+from conftest import BESIDE, LABELS, ROOT, load_by_path, quick_words, read_strict
 
 import quant_lab
 
@@ -276,3 +278,15 @@ def test_without_lm_eval_a_line_says_how_to_get_it(lab, capsys, monkeypatch):
         lab("--tasks", "arc_easy")
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and "pip install lm-eval" in error
+
+
+def test_the_committed_questions_are_those_of_their_rules():
+    maker = load_by_path("make_questions")
+    for rule in maker.arithmetic, maker.alphabet, maker.recall, maker.colors:
+        there = [json.loads(line) for line in (FOLDER / f"{rule.__name__}.jsonl").open()]
+        assert there == maker.make(rule)
+        assert all(line["choices"].count(line["answer"]) == 1 for line in there)
+    options = quant_lab.Options(
+        tasks=("colors", "arithmetic_written"), tasks_path=str(FOLDER))
+    tasks = quant_lab.load_tasks(options, Path(os.devnull))
+    assert [len(task.eval_docs) for (task,) in tasks.values()] == [200, 200]
