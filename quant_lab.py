@@ -607,11 +607,11 @@ imagined, one lost, one gained (Bonett and Price, *Journal of Educational and Be
 Statistics* 37, 2012); for a value four, two of them right (Agresti and Coull, *The
 American Statistician* 52, 1998). A document changed since goes unnoticed: `--fresh`.
 
-What the verdict calls a loss is one for all comparisons together; at 200 documents only
-losses of some points can be. How many would show one point stands beside it.
-
-On a GPU, layers are compiled for choices, else rounding activations takes four times as
-long as float16 (H200). Where the model writes they are not, and 8-bit formats wait."""
+What the verdict calls a loss is one for all comparisons together. How many documents
+would show one point stands beside it.
+On a GPU, layers are compiled for choices (without a cache, which would tie each to its
+number), else rounding activations takes four times as long as float16 (H200). Where the
+model writes they are not, and 8-bit formats wait."""
 
 # %%
 def load_tasks(options: Options, log: Path) -> dict[str, list]:
@@ -678,7 +678,7 @@ def measure_tasks(label: str, lab: SimpleNamespace) -> None:
                     model = place_model(folder, lab.options, lab.device)
                     lm = HFLM(pretrained=model, tokenizer=str(folder), batch_size=8)
                     compiled = lab.device.type == "cuda" and not lab.options.no_compile
-                    model.config.use_cache = not compiled  # It ties layers to numbers.
+                    find_decoder(model).config.use_cache = not compiled
                     for layer in getattr(find_decoder(model), "layers", ()):
                         layer.compile(dynamic=True, disable=not compiled)
                 new = do_task(lm, lab.tasks[name], lab.options)
