@@ -1182,7 +1182,7 @@ def render_tables(results: dict, rows: list[dict]) -> str:
         drift = max(row["drift"] for row in served)
         drift = f"{100 * drift:.1f} % off" if drift < math.inf else "not compared"
         parts.append(fill(
-            f"As served by {served[0]['engine']}; the baseline, again at last, {drift}."
+            f"As served by {served[0]['engine']}; the baseline, again last, is {drift}."
             f" Under load: `vllm bench serve --model {served[-1]['checkpoint']} "
             f"--random-input-len {done['prompt_tokens']}`."))
         parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
