@@ -1187,7 +1187,7 @@ def render_tables(results: dict, rows: list[dict]) -> str:
             f"--random-input-len {done['prompt_tokens']}`."))
         parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
     if scores := list_scores(rows):
-        parts += ["Tasks, by lm-eval, in pairs:", render_table(TASKS, scores)]
+        parts += ["Tasks, by lm-eval, paired by document:", render_table(TASKS, scores)]
     return "\n\n".join(parts)
 
 def list_scores(rows: list[dict]) -> list[dict]:
