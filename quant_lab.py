@@ -609,6 +609,7 @@ American Statistician* 52, 1998). A document changed since goes unnoticed: `--fr
 
 What the verdict calls a loss is one for all comparisons together. How many documents
 would show one point stands beside it.
+
 On a GPU, layers are compiled for choices (without a cache, which would tie each to its
 number), else rounding activations takes four times as long as float16 (H200). Where the
 model writes they are not, and 8-bit formats wait."""
@@ -677,10 +678,10 @@ def measure_tasks(label: str, lab: SimpleNamespace) -> None:
                     from lm_eval.models.huggingface import HFLM
                     model = place_model(folder, lab.options, lab.device)
                     lm = HFLM(pretrained=model, tokenizer=str(folder), batch_size=8)
-                    compiled = lab.device.type == "cuda" and not lab.options.no_compile
-                    find_decoder(model).config.use_cache = not compiled
-                    for layer in getattr(find_decoder(model), "layers", ()):
-                        layer.compile(dynamic=True, disable=not compiled)
+                    if lab.device.type == "cuda" and not lab.options.no_compile:
+                        find_decoder(model).config.use_cache = False
+                        for layer in getattr(find_decoder(model), "layers", ()):
+                            layer.compile(dynamic=True)
                 new = do_task(lm, lab.tasks[name], lab.options)
                 done[name] = new | compare_scores(new, done is not base and base[name])
             except Exception as error:
@@ -1176,8 +1177,8 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     batches = [(f"batch {n} tok/s", f"tok_s@{n}", 0, 1) for n in config["batch_sizes"]]
     lengths = [(f"TTFT of {n:,} ms", f"ttft_s@{n}", 1, 1000)
                for n in config["prompt_lengths"]]
-    speeds = filter(None, (SPEED, batches[1:], lengths))
-    parts += [render_table(x, rows) for x in (QUALITY, *speeds, COST)]
+    tables = QUALITY, SPEED, batches[1:], lengths, COST
+    parts += [render_table(x, rows) for x in tables if x]
     if served := [as_served(row) for row in rows if row.get("served")]:
         drift = max(row["drift"] for row in served)
         drift = f"{100 * drift:.1f} % off" if drift < math.inf else "not compared"
@@ -1193,7 +1194,7 @@ def render_tables(results: dict, rows: list[dict]) -> str:
 def list_scores(rows: list[dict]) -> list[dict]:
     lines = [row | task | task["flips"] | dict(
         task=name, score={key: task[key] for key in ("value", "low", "high")})
-        for row in rows for name, task in (row["tasks"] or {}).items()]
+        for row in rows for name, task in row["tasks"].items()]
     return sorted(lines, key=lambda line: line["task"])
 
 def judge_tasks(rows: list[dict]) -> str:
@@ -1724,6 +1725,32 @@ def write_json(file: Path, content: dict) -> None:
 def fingerprint(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
+def hash_files(folder: Path) -> dict[str, str]:
+    return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
+            for file in (folder, *folder.glob("*")) if file.is_file()}
+
+@contextlib.contextmanager
+def libraries_to(log: Path):
+    with (log.open("a", encoding="utf-8") as stream,
+          contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream)):
+        yield
+
+def show_progress(what: str, items) -> tqdm:
+    log = dict(mininterval=60, maxinterval=60, bar_format="{l_bar}{bar}{r_bar}\n")
+    return tqdm(items, what, file=OUTPUT, delay=10, **{} if OUTPUT.isatty() else log)
+
+def fill(text: str, bullet: str = "") -> str:
+    return textwrap.fill(text, 110, break_on_hyphens=False,
+                         initial_indent=bullet, subsequent_indent=" " * len(bullet))
+
+def show(text: str) -> None:
+    if IN_NOTEBOOK:
+        from IPython.display import Markdown, display
+        display(Markdown(text))
+    else:
+        print(f"\n{text}\n", flush=True)
+
+# %%
 @contextlib.contextmanager
 def llmcompressor_session(model):
     from llmcompressor import create_session
@@ -1740,39 +1767,11 @@ def llmcompressor_session(model):
     with create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch):
         yield lines
 
-def render_summary(results: dict) -> str:
-    return "\n\n".join([
-        f"# quant_lab: {quote(results['model_name'])}", render_card(results),
-        f"Written {results['created']}.", "## Which to deploy", render_advice(results),
-        "![Quality, size, speed and memory](summary.png)",
-        "## Figures", render_tables(results, results["variants"]),
-        "## Notes", render_notes(results), "## Greedy completions",
-        *(render_completions(results["variants"], n) for n in range(8))]) + "\n"
-
-# %%
-def hash_files(folder: Path) -> dict[str, str]:
-    return {file.name: hashlib.file_digest(file.open("rb"), "sha256").hexdigest()
-            for file in (folder, *folder.glob("*")) if file.is_file()}
-
-@contextlib.contextmanager
-def libraries_to(log: Path):
-    with (log.open("a", encoding="utf-8") as stream,
-          contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream)):
-        yield
-
-def show_progress(what: str, items) -> tqdm:
-    log = dict(mininterval=60, maxinterval=60, bar_format="{l_bar}{bar}{r_bar}\n")
-    return tqdm(items, what, file=OUTPUT, delay=10, **{} if OUTPUT.isatty() else log)
-
 def quote(text: str) -> str:
     text = one_line(text).replace("`", "'")
     # What could begin a block stays behind the word before when lines are filled.
     text = re.sub(r" (?=[<#>~=+*_|-]|\d+[.)])", "\u00a0", text)
     return f"`{text}`" if re.search(r"[^\w\s.,:;()/'-]|://|www\.|\b_", text) else text
-
-def fill(text: str, bullet: str = "") -> str:
-    return textwrap.fill(text, 110, break_on_hyphens=False,
-                         initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
 def render_card(results: dict) -> str:
     config, machine = results["config"], results["machine"]
@@ -1785,6 +1784,15 @@ def render_card(results: dict) -> str:
         machine=f"{machine['name']}, {machine['memory_bytes'] / 2**30:.1f} GiB, "
                 f"{machine['threads']} threads")
     return "\n".join(fill(one_line(x), f"    {name:10}") for name, x in facts.items())
+
+def render_summary(results: dict) -> str:
+    return "\n\n".join([
+        f"# quant_lab: {quote(results['model_name'])}", render_card(results),
+        f"Written {results['created']}.", "## Which to deploy", render_advice(results),
+        "![Quality, size, speed and memory](summary.png)",
+        "## Figures", render_tables(results, results["variants"]),
+        "## Notes", render_notes(results), "## Greedy completions",
+        *(render_completions(results["variants"], n) for n in range(8))]) + "\n"
 
 def render_model_card(row: dict, results: dict) -> str:
     from huggingface_hub import EvalResult, ModelCardData
@@ -1802,13 +1810,6 @@ def render_model_card(row: dict, results: dict) -> str:
              "Licence and uses are those of the original. `vllm serve .` serves it.")
     return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", fill(about),
                         render_card(results), render_tables(results, rows)]) + "\n"
-
-def show(text: str) -> None:
-    if IN_NOTEBOOK:
-        from IPython.display import Markdown, display
-        display(Markdown(text))
-    else:
-        print(f"\n{text}\n", flush=True)
 
 # %%
 def render_completions(rows: list[dict], number: int) -> str:
@@ -1857,9 +1858,8 @@ def draw_summary(results: dict):
 
 def collect_results(lab: SimpleNamespace) -> dict:
     rows = [lab.rows[label] for label in VARIANTS | lab.rows if label in lab.rows]
-    now_utc = time.strftime("%FT%TZ", time.gmtime())
-    results = dict(lab.head, created=now_utc, variants=rows)
-    return results | dict(advice=advise(results))
+    run = lab.head | dict(created=time.strftime("%FT%TZ", time.gmtime()), variants=rows)
+    return run | dict(advice=advise(run))
 
 def write_outputs(lab: SimpleNamespace) -> None:
     results, output = collect_results(lab), lab.output
