@@ -22,7 +22,6 @@ that model written and loaded again: what differs there is noise of the measurem
 
 # %%
 import contextlib
-import gzip
 import hashlib
 import importlib.metadata
 import inspect
@@ -49,6 +48,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -127,8 +127,7 @@ stands beside it. A notebook takes its words from `%env QUANT_LAB_ARGS=--demo`."
 
 # %%
 ULTRACHAT, WIKITEXT = "HuggingFaceH4/ultrachat_200k", "Salesforce/wikitext"
-DTYPES = dict(float16="fp16", bfloat16="bf16", float32="fp32")
-GROUPS = 128, 64, 32
+GROUPS, DTYPES = (128, 64, 32), ("float16", "bfloat16", "float32")
 ROLES = dict(system="system", developer="system", user="user", human="user",
              prompt="user", text="user", assistant="assistant", gpt="assistant",
              completion="assistant", tool="tool", function="tool", observation="tool")
@@ -147,24 +146,21 @@ DEMO = dict(model="tests/tiny-qwen2", calibration_data="tests/demo/chats.jsonl",
             calibration_length=512, window=512, batch_sizes=(1, 8))
 
 def option(default, remark: str, low=None, high=math.inf, choices=None):
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    remark += f" [{shown}]" if shown not in ("", False) else ""
     return field(default=default, metadata=dict(
-        help=remark, low=low, high=high, choices=choices))
+        help=remark + " [%(default)s]", low=low, high=high, choices=choices))
 
 @dataclass(frozen=True)
 class Options:
     model: str = option("Qwen/Qwen2.5-0.5B-Instruct", "hub id or folder of a causal LM")
     variants: tuple = option(DEFAULT, f"all, or parts of {', '.join(VARIANTS)}")
     plain_text: bool = option(False, "no chat template, for a base model")
-    dtype: str = option("float16", "another if float16 overflows",
-                        choices=(*DTYPES, *DTYPES.values()))
+    dtype: str = option("float16", "another if float16 overflows", choices=DTYPES)
     group_size: int = option(0, "of int4; 0: as large as fits", choices=(0, *GROUPS))
     dampening: float = option(0.01, "0.1 if modules fall back to rounding", 0, 1)
     smoothing_strength: float = option(0.8, "less leaves more to activations", 0, 1)
     device: str = option("auto", "cpu runs anywhere", choices=("auto", "cuda", "cpu"))
-    execution: str = option("packed", "emulated is what plain transformers does",
-                            choices=("packed", "emulated"))
+    gpus: int = option(0, "how many to use at most; 0: as many as needed", 0)
+    execution: str = option("packed", "or in 16 bits", choices=("packed", "emulated"))
     vllm: str = option("", "python of an environment with vLLM, to measure there, too")
     tasks: tuple = option((), "names from lm-eval: arc_easy hellaswag gsm8k ...")
     task_limit: int = option(200, "documents a task, from its first on", 2)
@@ -198,9 +194,9 @@ def find_label(word: str) -> str:
     stop(f"--variants {word!r}: give all or a part of one of {', '.join(VARIANTS)}")
 
 def parse_options(words: list[str]) -> Options:
-    parser = ArgumentParser(
-        "quant_lab.py", "%(prog)s [options]", re.sub("^# |[*`]", "", __doc__),
-        allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter)
+    parser = ArgumentParser("quant_lab.py", "%(prog)s [options]", allow_abbrev=False,
+                            description=re.sub("^# |[*`]", "", __doc__),
+                            formatter_class=RawDescriptionHelpFormatter)
     parser.error = lambda message: stop(f"{message}; --help lists the options")
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Options)}
     forms = {bool: dict(action="store_true"), tuple: dict(nargs="+")}
@@ -220,7 +216,6 @@ def parse_options(words: list[str]) -> Options:
         with usable("--" + name.replace("_", "-"), numbers, "give whole numbers"):
             numbers = always.union(map(int, numbers.split(",")))
             setattr(given, name, tuple(sorted(numbers)))
-    given.dtype = dict(zip(DTYPES.values(), DTYPES)).get(given.dtype, given.dtype)
     for flag, f in flags.items():
         value, low, high = getattr(given, f.name), f.metadata["low"], f.metadata["high"]
         least = value[0] if value and isinstance(value, tuple) else value
@@ -243,7 +238,7 @@ keeps what it got. Code of a model never runs.
 
 *Calibration* chats, in the model's chat template, are what GPTQ and SmoothQuant look
 at: 256 conversations, drawn with `--seed` from the first 1,024, each cut to 1,024
-tokens; your own are a .jsonl or a JSON array, also as .gz, of any of these:
+tokens; your own are a .jsonl or a JSON array of any of these:
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", ...}]}
     {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", ...}]}
@@ -267,11 +262,10 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
     utils.logging.set_verbosity_error()  # Warnings quote a model's files.
     utils.logging.disable_progress_bar()
     torch._logging.set_logs(all=40)  # Errors; compiling and tracing warn of much.
-    with usable("--model", options.model, "give a causal LM: hub id or whole folder"):
+    with usable("--model", options.model, "give another causal LM: id or whole folder"):
         folder = find_path(options.model) or Path(snapshot_download(
-            options.model, ignore_patterns=["*/*", "consolidated*"],
-            allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja",
-                            "README.md"]))
+            options.model, ignore_patterns=["*/*", "consolidated*"], allow_patterns=(
+                "*.safetensors *.json *.txt *.model *.jinja README.md".split())))
         names = " ".join(file.name for file in folder.glob("*"))
         config = read_json(folder / "config.json")
         kind = (config.get("architectures") or [""])[0]
@@ -285,7 +279,11 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
         for obstacle in [text for text, holds in obstacles.items() if holds]:
             stop(f"--model {options.model}: {obstacle}")
         model = AutoModelForCausalLM.from_pretrained(  # Opens each file.
-            folder, device_map="meta", trust_remote_code=False, use_safetensors=True)
+            folder, device_map="meta", trust_remote_code=False, use_safetensors=True,
+            dtype=options.dtype)
+        size, free = model.get_memory_footprint(), psutil.virtual_memory().available
+        if size > free:
+            raise ValueError(f"{size / 1e9:.1f} GB, the host has {free / 1e9:.1f} free")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if options.plain_text:  # Turns without roles, begun as the tokenizer does.
             tokenizer.chat_template = tokenizer.decode(list_specials(tokenizer)) + (
@@ -330,8 +328,7 @@ def read_chat(entry: dict) -> list[dict] | str:
     return chat[0]["content"] if form == "text" else chat
 
 def read_chats(name: str) -> list:
-    found, data = [], Path(find_path(name) or name).read_bytes()
-    text = (gzip.decompress(data) if name.endswith(".gz") else data).decode("utf-8-sig")
+    found, text = [], Path(find_path(name) or name).read_text("utf-8-sig")
     unit = "entry" if text.lstrip().startswith("[") else "line"
     lines = map(json.dumps, json.loads(text)) if unit == "entry" else text.split("\n")
     for number, line in enumerate(lines, 1):
@@ -428,7 +425,6 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
             module, torch.nn.Linear) and not hasattr(module, "quantization_scheme")]
         form["ignore"] = sorted({*form["ignore"], *kept})  # By names in memory.
         write_json(draft / "config.json", config)
-        row["notes"] += [f"16-bit: {name}" for name in kept[:1] if name != "lm_head"]
     lab.tokenizer.save_pretrained(draft)
     if lab.options.plain_text:  # The template is not the model's own.
         (draft / "chat_template.jinja").unlink(missing_ok=True)
@@ -444,10 +440,9 @@ def quantize_variant(label: str, lab: SimpleNamespace) -> dict:
 def read_checkpoint(label: str, lab: SimpleNamespace) -> dict | None:
     folder = lab.output / "checkpoints" / label
     note = read_json(folder / "quant_lab.json")
-    if note.get("fingerprint") == lab.marks[label]:
-        if note["files"].items() <= hash_files(folder).items():
-            return note["row"]
-        print(f"{label}: its checkpoint was cut off or altered, and is made again")
+    fits = note.get("fingerprint") == lab.marks[label]
+    if fits and note["files"].items() <= hash_files(folder).items():  # Not altered.
+        return note["row"]
 
 # %% [markdown]
 """## Quality
@@ -502,10 +497,10 @@ def apply_head(model, output, hidden: Tensor) -> Tensor:
 
 def score_text(model, lab: SimpleNamespace):
     """Yield hidden states, log-probabilities [n, vocabulary], losses [n], in nats."""
-    for ids in show_progress("scoring", lab.windows.to(model.device)):
+    for ids in show_progress("scoring", lab.windows.to(lab.device)):
         output = find_decoder(model)(input_ids=ids[None], use_cache=False)
-        states = output.last_hidden_state[0, lab.unscored - 1 : -1].split(CHUNK)
-        for hidden, wanted in zip(states, ids[lab.unscored :].split(CHUNK)):
+        rows = output.last_hidden_state[0, lab.unscored - 1 : -1].to(ids.device)
+        for hidden, wanted in zip(rows.split(CHUNK), ids[lab.unscored :].split(CHUNK)):
             q = apply_head(model, output, hidden)
             if not q.amin().isfinite():
                 raise FloatingPointError("logits are not finite: try another --dtype")
@@ -517,22 +512,23 @@ def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
     # The model's own settings may ask for sampling, or for a repetition penalty.
     model.generation_config = type(model.generation_config)(
         eos_token_id=ends, pad_token_id=0)
-    return [model.generate(
-        ids.to(model.device), attention_mask=torch.ones_like(ids).to(model.device),
-        do_sample=False, max_new_tokens=lab.options.new_tokens
-    )[0, ids.shape[1] :].tolist() for ids in lab.prompts]
+    prompts = [ids.to(lab.device) for ids in lab.prompts]
+    return [model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                           max_new_tokens=lab.options.new_tokens
+                           )[0, ids.shape[1] :].tolist() for ids in prompts]
 
 @torch.no_grad()
 def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     """Return losses, completions, hidden states of the text and the head they go to."""
+    from accelerate.hooks import remove_hook_from_module
     model = place_model(lab.model_folder, lab.options, lab.device)
     states, losses = zip(*((hidden.cpu(), losses.cpu())
                            for hidden, _, losses in score_text(model, lab)))
     completions, decoder = complete_prompts(model, lab), find_decoder(model)
     output = decoder(input_ids=lab.windows[:1, :1].to(lab.device), use_cache=False)
-    for part in decoder.children():  # What is left is the head, and what follows it.
-        if isinstance(part, torch.nn.ModuleList):
-            del part[:]
+    remove_hook_from_module(model, recurse=True)
+    for part in decoder.modules():  # What is left is the head, and what follows it.
+        part._parameters.clear()
     return SimpleNamespace(losses=torch.cat(losses), states=states, head=model.cpu(),
                            output=output, completions=completions)
 
@@ -578,11 +574,12 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     reference.head.cpu()
     losses, kld, agrees = torch.cat(parts, dim=1).view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
+    size = model.get_memory_footprint()
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
         perplexity_ratio=estimate(losses - reference.losses.view_as(losses), raise_e),
         tokens_scored=losses.numel(), window_losses=losses.mean(1).tolist(),
-        weights_memory_bytes=model.get_memory_footprint(),
+        gpus=dict(quality=model.devices), weights_memory_bytes=size,
         top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
         kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
             max=kld.max().item(), tokens=kld.numel(), windows=kld.mean(1).tolist()),
@@ -617,13 +614,12 @@ model writes they are not, and 8-bit formats wait."""
 # %%
 def load_tasks(options: Options, log: Path) -> dict[str, list]:
     """Return tasks of lm-eval by the name asked for; those of a group together."""
-    names = " ".join(options.tasks).replace(",", " ").split()
     way_out = "pip install lm-eval; `lm-eval ls tasks` and --tasks-path have names"
-    with usable("--tasks", " ".join(names), way_out), libraries_to(log):
-        if names:
+    with usable("--tasks", " ".join(options.tasks), way_out), libraries_to(log):
+        if options.tasks:
             from lm_eval.tasks import TaskManager
             manager = TaskManager(include_path=options.tasks_path or None)
-        return {name: [*manager.load(name)["tasks"].values()] for name in names}
+        return {name: [*manager.load(name)["tasks"].values()] for name in options.tasks}
 
 def do_task(lm, tasks: list, options: Options) -> dict:
     """Return lm-eval's metric and scores of the documents of tasks, in their order."""
@@ -678,7 +674,7 @@ def measure_tasks(label: str, lab: SimpleNamespace) -> None:
                     from lm_eval.models.huggingface import HFLM
                     model = place_model(folder, lab.options, lab.device)
                     lm = HFLM(pretrained=model, tokenizer=str(folder), batch_size=8)
-                    if lab.device.type == "cuda" and not lab.options.no_compile:
+                    if model.devices == [0] and not lab.options.no_compile:
                         find_decoder(model).config.use_cache = False
                         for layer in getattr(find_decoder(model), "layers", ()):
                             layer.compile(dynamic=True)
@@ -830,8 +826,7 @@ def measure_speed(model, prompts: Tensor, options: Options, compiled: bool) -> d
             raise MemoryError("out of memory: one sequence does not fit")
         waits, figures = summarize_runs(batch, steps, runs)
         decode.append(figures if runs else figures | dict(error="OOM"))
-        if batch == 1:
-            speed |= waits
+        speed = waits | speed  # Of the first batch, one sequence.
         if batch == 1 and prompts.is_cuda:
             peak = torch.cuda.max_memory_allocated()
             room = max(0, 0.9 * torch.cuda.get_device_properties(0).total_memory - peak)
@@ -863,18 +858,17 @@ that the server gave counts as noisy."""
 
 # %%
 PATIENCE, DRIFT = 1200, 0.05  # Seconds for a checkpoint; between two baselines.
-SERVED = dict.fromkeys("""
-    engine kernel ttft_s latency_s decode kv_tokens divergence error drift""".split())
+SERVED = dict.fromkeys("""engine kernel ttft_s latency_s decode kv_tokens divergence
+    error drift tensor_parallel_size""".split())
 
-def serve(model: str, prompts: list, chats: list, config: dict) -> None:
+def serve(model: str, prompts: list, chats: list, config: dict, gpus: int) -> None:
     """Print how vLLM continues lists of ids, round 0 to warm up; runs over there."""
     import time
-    import torch
     import vllm
-    is_old, count = torch.cuda.get_device_capability() < (8, 0), config["new_tokens"]
+    count = config["new_tokens"]
     llm = vllm.LLM(
-        model=model, dtype="float16" if is_old else config["dtype"],
-        max_model_len=max(map(len, prompts + chats)) + count, seed=config["seed"],
+        model=model, dtype=config["dtype"], seed=config["seed"],
+        max_model_len=max(map(len, prompts + chats)) + count, tensor_parallel_size=gpus,
         enable_prefix_caching=False, gpu_memory_utilization=0.8)  # Some is taken here.
     def run(inputs, tokens, ignore_eos):
         inputs, start = [dict(prompt_token_ids=x) for x in inputs], time.perf_counter()
@@ -910,10 +904,14 @@ def find_engine(options: Options, log: Path) -> str:
 
 # %%
 def measure_served(label: str, lab: SimpleNamespace) -> dict:
-    log, served = lab.output / f"vllm-{label}.log", SERVED | dict(engine=lab.engine)
+    row, log = lab.rows[label], lab.output / f"vllm-{label}.log"
+    gpus, n = range(torch.cuda.device_count())[: lab.options.gpus or None], 1
+    while 2 * n <= len(gpus) and row["weight_bytes"] > 0.7 * n * find_free(0):
+        n *= 2
+    served = SERVED | dict(engine=lab.engine, tensor_parallel_size=n)
     given = json.dumps(dict(
-        model=str(lab.output / "checkpoints" / label), config=lab.head["config"],
-        prompts=cut_prompts(lab).tolist(), chats=[x[0].tolist() for x in lab.prompts]))
+        model=f"{lab.output}/checkpoints/{label}", prompts=cut_prompts(lab).tolist(),
+        chats=[x[0].tolist() for x in lab.prompts], config=lab.head["config"], gpus=n))
     code = f"import json\n{inspect.getsource(serve)}\nserve(**json.loads({given!r}))"
     print(f"{label:20} in {lab.engine}, for {PATIENCE} s at most", flush=True)
     try:
@@ -925,10 +923,10 @@ def measure_served(label: str, lab: SimpleNamespace) -> dict:
     waits, decode = zip(*map(summarize_runs, sizes, [steps] * len(sizes), zip(*rounds)))
     kernels = set(re.findall(r"(?:Selected|Using) (\w+) for CompressedTensors", said))
     room = re.search(r"KV cache size: ([\d,]+) tokens", said)
-    here = [one["completion"] for one in lab.rows[label]["divergence"]["completions"]]
+    here = [one["completion"] for one in row["divergence"]["completions"]]
     ids = [lab.tokenizer(x, add_special_tokens=False).input_ids for x in (texts, here)]
     return served | waits[0] | dict(
-        decode=list(decode), kernel=" and ".join(sorted(kernels)) or None,
+        decode=decode, kernel=" and ".join(sorted(kernels)) or None,
         kv_tokens=room and int(room[1].replace(",", "")),
         divergence=compare_completions(*ids, lab))
 
@@ -936,9 +934,6 @@ def serve_all(lab: SimpleNamespace) -> None:
     from accelerate.utils import release_memory
     release_memory()  # The server wants the GPU for itself.
     rows = [x for x in collect_results(lab)["variants"] if x["status"] == "ok"]
-    if all(row["status"] == "ok" and row["engine"] == lab.engine
-           and row["drift"] <= DRIFT for row in map(as_served, rows)):
-        return
     for row in rows:
         row["served"] = measure_served(row["label"], lab)
     base = lab.rows.get(BASELINE)
@@ -966,10 +961,10 @@ ROW = dict.fromkeys("""
     group_size smoothing notes perplexity perplexity_interval perplexity_ratio
     tokens_scored window_losses kld top1_agreement divergence weights_memory_bytes
     peak_memory_bytes kv_bytes_per_token kv_tokens ttft_s latency_s prefill decode
-    prompt_tokens runs_as served fingerprint""".split()) | dict(tasks={})
+    prompt_tokens runs_as served fingerprint""".split()) | dict(tasks={}, gpus={})
 SCHEMA = 7  # Raised when keys go: older results are refused.
 MAY_DIFFER = ("variants", "output_dir", "vllm", "tasks", "task_limit", "tasks_path",
-              "max_loss", "fresh", "memory_bytes")
+              "max_loss", "fresh", "memory_bytes", "gpus")
 
 def name_model(lab: SimpleNamespace) -> dict:
     from huggingface_hub import ModelCard
@@ -993,14 +988,14 @@ def describe_run(lab: SimpleNamespace, words: list[str]) -> dict:
     cpus = re.findall(r"model name\s*: (.+)", subprocess.getoutput("cat /proc/cpuinfo"))
     machine = dict(name=f"{[*cpus, os.uname().machine][0]}, {os.cpu_count()} cores",
                    device=lab.device.type, threads=torch.get_num_threads(), driver=None,
-                   compute_capability=None,
+                   compute_capability=None, gpus=[],
                    memory_bytes=os.sysconf("SC_PAGESIZE") * os.sysconf("SC_PHYS_PAGES"))
     if lab.device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(lab.device)
+        gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        gpus = [dict(name=x.name, memory_bytes=x.total_memory,
+                     compute_capability=f"{x.major}.{x.minor}") for x in gpus]
         query = "nvidia-smi -i 0 --query-gpu=driver_version --format=csv,noheader"
-        machine |= dict(name=gpu.name, memory_bytes=gpu.total_memory,
-                        compute_capability=f"{gpu.major}.{gpu.minor}",
-                        driver=subprocess.getoutput(query))
+        machine |= gpus[0] | dict(driver=subprocess.getoutput(query), gpus=gpus)
     config = json.loads(json.dumps(asdict(lab.options)))
     return name_model(lab) | dict(
         command=["python", "quant_lab.py", *words], schema=SCHEMA, config=config,
@@ -1029,15 +1024,16 @@ def take_over(lab: SimpleNamespace) -> None:
 def benchmark_speed(label: str, lab: SimpleNamespace) -> dict:
     options, prompts, is_base = lab.options, cut_prompts(lab), label == BASELINE
     try:
-        model = place_model(lab.output / "checkpoints" / label, options, lab.device)
+        folder = lab.output / "checkpoints" / label
+        model = place_model(folder, options, lab.device, whole=True)
         compiled = lab.device.type == "cuda" and model.packs and not options.no_compile
         speed = measure_speed(model, prompts.to(model.device), options, compiled)
         packed = [m for m in model.modules() if isinstance(m, PackedLinear)
                   and (m.kind != "dense" or is_base)]  # lm_head says nothing.
         routes = dict.fromkeys(m.choose_route(n).value for m in packed
                                for n in (prompts.shape[1], *options.batch_sizes))
+        routes = routes or ["16-bit" if is_base else "emulated in 16 bits"]
         how = [*routes, "compiled" if compiled else "not compiled"]
-        how += [] if packed or is_base else ["emulated in 16 bits"]
         return speed | dict(runs_as=", ".join(how))
     except Exception as error:
         traceback.print_exc()  # Goes to the log.
@@ -1072,6 +1068,7 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
             row |= measure_quality(place_model(folder, lab.options, lab.device), lab)
             say("timing")
             row |= benchmark_speed(label, lab) | dict(status="ok")
+            row["gpus"]["speed"] = row["gpus"]["quality"][:1] if row["ttft_s"] else []
         except Exception as error:
             tip = "; less --window, --calibration-length, a smaller --model"
             lacks_memory = re.search("memory|_alloc", describe(error), re.I)
@@ -1096,11 +1093,11 @@ first. KLD is compared window by window: the interval of the difference decides.
 noisy is not ranked. Where `--vllm` tried all that is finished and did not drift, its
 times decide, and its KV tokens; what it could not serve is left out. A range shows the
 jitter of one process, not what another day or a warm GPU would add. For tasks, an error
-of 5 % is shared by all comparisons (Bonferroni). The picture's labels have the times
-that decide.
+of 5 % is shared by all comparisons (Bonferroni).
 
 The advice is what most of the first three goals name, the first in a draw; on a CPU
-memory alone counts. A note tells where KLD and perplexity disagree threefold."""
+memory alone counts. What KLD is worth stands in the notes beside the bound by
+perplexity: where they disagree, read the completions."""
 
 # %%
 Cell = namedtuple("Cell", "word middle low high ranged noisy", defaults=[None] * 5)
@@ -1118,7 +1115,8 @@ TASKS = (("task", "task", 0, 1), ("metric", "metric", 0, 1), ("of", "documents",
          ("value", "score", 3, 1), ("recovery %", "recovery", 1, 1),
          ("difference", "difference", 3, 1), ("lost", "lost", 0, 1),
          ("gained", "gained", 0, 1))
-ROOM = COST[2], ("same tokens", "divergence", 0, 1), ("kernel", "kernel", 0, 1)
+ROOM = (COST[2], ("GPUs", "tensor_parallel_size", 0, 1),
+        ("same tokens", "divergence", 0, 1), ("kernel", "kernel", 0, 1))
 
 def as_served(row: dict) -> dict:
     served = row.get("served") or SERVED
@@ -1182,10 +1180,7 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     if served := [as_served(row) for row in rows if row.get("served")]:
         drift = max(row["drift"] for row in served)
         drift = f"{100 * drift:.1f} % off" if drift < math.inf else "not compared"
-        parts.append(fill(
-            f"As served by {served[0]['engine']}; the baseline, again last, is {drift}."
-            f" Under load: `vllm bench serve --model {served[-1]['checkpoint']} "
-            f"--random-input-len {done['prompt_tokens']}`."))
+        parts.append(f"In {served[0]['engine']}; the baseline, again last, is {drift}.")
         parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
     if scores := list_scores(rows):
         parts += ["Tasks, by lm-eval, paired by document:", render_table(TASKS, scores)]
@@ -1213,8 +1208,9 @@ def judge_tasks(rows: list[dict]) -> str:
 
 def relate(row: dict, base: dict, key: str) -> float:
     mine, theirs = read_figure(row, key), read_figure(base, key)
+    gpus = {x.get("tensor_parallel_size") for x in (row, base) if mine.ranged}
     is_sure = mine.middle and theirs.middle and not (mine.noisy or theirs.noisy)
-    return mine.middle / theirs.middle if is_sure else 0
+    return mine.middle / theirs.middle if is_sure and len(gpus) < 2 else 0
 
 # %%
 def render_notes(results: dict) -> str:
@@ -1230,8 +1226,7 @@ def render_notes(results: dict) -> str:
             loss, kld = find_loss(row), 100 * (raise_e(row["kld"]["mean"]) - 1)
             notes.append(f"perplexity {loss:+.1f} % at most, {most:g} % allowed"
                          if loss < math.inf else "too few windows for an interval")
-            if kld > 3 * most >= 3 * loss or 3 * kld < most < loss < math.inf:
-                notes.append(f"its KLD disagrees, worth {kld:.1f} %: read completions")
+            notes.append(f"KLD is worth {kld:.1f} %")
         name, notes = name_variant(row["label"]), filter(None, notes)
         lines.append(fill(f"{name}: {'; '.join(notes)}", "- "))
     return "\n".join(lines)
@@ -1402,6 +1397,15 @@ packed. By format, GPU and number of tokens it takes a route, which `runs_as` na
 A model with any other format (static or no rounding of activations, scales by blocks
 or of whole tensors, zero points) is emulated: quality is right, memory and speed not.
 
+*Larger than the first GPU*: a model that does not fit it, beside a window's activations
+and logits and the reference's head, is spread for quality and tasks by
+[accelerate](https://huggingface.co/docs/accelerate/usage_guides/big_modeling): over as
+many GPUs as that takes (`--gpus` limits them), packed as it is. What these do not hold
+waits in the host's memory and is copied for each window and each token, which is slow;
+how much is printed. Speed wants one GPU: a variant too large for it has none here. With
+`--vllm` a checkpoint gets the least power of two of GPUs that leaves vLLM an eighth of
+its memory (`tensor_parallel_size`). No ratio is made of times on unequal numbers.
+
 A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8, or
 four INT4 to an int16. Its scale is [outputs, groups], one group unless INT4. A word of
 a checkpoint's INT4 holds eight neighbours, the first in its lowest bits; here the n
@@ -1409,15 +1413,38 @@ int16 of a group hold inputs 0 to n - 1 in their lowest bits, then the next n, s
 neighbours in memory meet neighbouring inputs."""
 
 # %%
-def place_model(folder: Path, options: Options, device: torch.device):
-    """Return a causal LM on the device; `packs` tells if its Linears stay packed."""
+def find_free(gpu: int) -> int:
+    """Return how many bytes this process may still take on a GPU."""
+    free, total = torch.cuda.mem_get_info(gpu)
+    return int(min(free, total * torch.cuda.get_per_process_memory_fraction(gpu)))
+
+def map_devices(model, options: Options) -> dict:
+    """Return accelerate's device map that leaves room for a window and a head."""
+    from accelerate import infer_auto_device_map
+    (n, width), size = model.get_input_embeddings().weight.shape, model.dtype.itemsize
+    room = n * (24 * CHUNK + size * width) + 64 * size * width * options.window
+    if model.get_memory_footprint() + room <= find_free(0):
+        return {"": 0}
+    gpus = range(torch.cuda.device_count())[: options.gpus or None]
+    memory = {i: find_free(i) - room for i in gpus} | dict(cpu=2**60)
+    return infer_auto_device_map(model, memory, model._no_split_modules)
+
+def forward_there(forward, x: Tensor) -> Tensor:
+    with torch.cuda.device_of(x):  # Triton launches kernels on the current device.
+        return forward(x)
+
+# %%
+def place_model(folder: Path, options: Options, device: torch.device, whole=False):
+    """Return a causal LM on its `devices`; `packs` tells if its Linears stay packed."""
+    from accelerate import dispatch_model
     from accelerate.utils import release_memory
+    from compressed_tensors.offload import remove_dispatch
     from transformers import AutoModelForCausalLM
     release_memory()  # Of models in reference cycles.
     sm = torch.cuda.get_device_capability() if device.type == "cuda" else (0, 0)
     model, report = AutoModelForCausalLM.from_pretrained(
         folder, dtype=options.dtype, output_loading_info=True, use_safetensors=True)
-    model.eval().to(device)
+    model.eval()
     quantized = [m for m in model.modules() if hasattr(m, "quantization_scheme")]
     files = map(partial(safe_open, framework="pt"), folder.glob("*.safetensors"))
     wanted = sum(key.endswith(".weight_scale") for file in files for key in file.keys())
@@ -1429,12 +1456,24 @@ def place_model(folder: Path, options: Options, device: torch.device):
     model.packs = options.execution == "packed" and all(map(find_kind, quantized))
     if quantized and not model.packs:
         model.hf_quantizer.compressor.decompress_model(model)
+        remove_dispatch(model)
         for parameter in [p for p in model.parameters() if p.dtype == torch.bfloat16]:
             parameter.data = parameter.data.to(getattr(torch, options.dtype))  # NVFP4.
         for linear in [m for m in quantized if isinstance(m, torch.nn.Linear)]:
             linear.forward = partial(forward_rows, linear.forward)
     if model.packs:
         pack_model(model, sm)
+    spread = device.type == "cuda" and not whole
+    device_map = map_devices(model, options) if spread else {"": device.type}
+    model.devices = [*dict.fromkeys(device_map.values())]
+    if len(model.devices) == 1:
+        return model.to(device)
+    for linear in [m for m in model.modules() if isinstance(m, PackedLinear)]:
+        linear.forward = partial(forward_there, linear.forward)
+    dispatch_model(model, device_map, main_device=0)
+    away = sum(x.nbytes for x in model.parameters() if x.is_meta) / 1e9
+    print(f"{'':29}on {model.devices}, {away:.1f} GB copied for each window and token",
+          file=OUTPUT, flush=True)
     return model
 
 def forward_rows(forward, x: Tensor) -> Tensor:
@@ -1472,7 +1511,6 @@ class PackedLinear(torch.nn.Module):
         for name, x in dict(weight=weight, scale=scale, bias=bias).items():
             is_new = x is not None and not isinstance(x, torch.nn.Parameter)
             setattr(self, name, torch.nn.Parameter(x, False) if is_new else x)
-        self.requires_grad_(False)
         self.fits = bool(triton) and any(sm) and weight.shape[1] % 16 == 0 and (
             kind != "int4" or scale.dtype.itemsize == 2
             and weight.shape[1] // scale.shape[1] in (16, 32, 64))
@@ -1614,15 +1652,12 @@ def tile_kernel(x, weight, scale, y, tokens, outputs, width, span, KIND: tl.cons
     tl.store(y + (tl.program_id(2) * tokens + token) * outputs + row, total,
              mask=(row < outputs) & (token < tokens))
 
-TILES = dict(  # Of a row: rows, columns, warps, for up to 2,048 inputs and for more.
-    dense=((2, 1024, 4), (2, 2048, 8)), int8=((2, 256, 1), (4, 512, 4)),
-    fp8=((2, 1024, 2), (1, 2048, 4)))
+TILES = dict(dense=(2, 1024, 4), int8=(2, 256, 1), fp8=(2, 1024, 2))  # And warps.
 
 # %%
 def multiply_row(kind: str, x: Tensor, weight: Tensor) -> Tensor:
     y = x.new_empty(1, len(weight), dtype=torch.float32)
-    is_wide = x.shape[1] > 2048 and (kind != "fp8" or len(weight) < 2048)
-    rows, block, warps = TILES[kind][1 if is_wide else 0]
+    rows, block, warps = TILES[kind]
     if kind == "int8":  # Words of four bytes.
         x, weight = x.view(torch.int32), weight.view(torch.int32)
     row_kernel[triton.cdiv(len(weight), rows),](
@@ -1633,7 +1668,6 @@ def multiply_tiles(kind: str, x: Tensor, weight: Tensor, scale: Tensor) -> Tenso
     """Return x [n, in] times a weight [n, out], in float32 if of INT8."""
     tokens, (outputs, width) = len(x), weight.shape
     n = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-    n = 128 if kind == "int8" and tokens * outputs > 2**21 else n
     rows = 64 if n == 16 or outputs < 2048 else 128
     block = width // scale.shape[1] if kind == "int4" else 128
     programs = triton.cdiv(tokens, n), triton.cdiv(outputs, rows)
@@ -1755,16 +1789,12 @@ def show(text: str) -> None:
 def llmcompressor_session(model):
     from llmcompressor import create_session
     from loguru import logger
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:  # It could not be saved; what ends a completion stays.
-        ends = model.generation_config.eos_token_id
-        model.generation_config = type(model.generation_config)(eos_token_id=ends)
     lines = []
     logger.configure(handlers=[dict(sink=lines.append, level="INFO"),
                                dict(sink=sys.stdout, level="INFO")])
-    # What was traced would stay in a table of torch.fx, and keep the model for ever.
-    with create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch):
+    # What torch.fx traced would keep the model; and settings are saved as they came.
+    with (create_session(), patch.dict(torch.fx._symbolic_trace._wrapped_fns_to_patch),
+          patch.object(type(model.generation_config), "validate")):
         yield lines
 
 def quote(text: str) -> str:
@@ -1803,12 +1833,10 @@ def render_model_card(row: dict, results: dict) -> str:
     data = ModelCardData(
         base_model=base, license=results["license"], library_name="transformers",
         model_name=title, eval_results=[result],
-        base_model_relation="quantized" if base == name and not is_base else None,
         tags=None if is_base else ["compressed-tensors", "llmcompressor"])
     rows = [x for x in results["variants"] if x["label"] in (BASELINE, row["label"])]
-    about = (f"Recovery of perplexity: {100 / row['perplexity_ratio']['value']:.2f} %. "
-             "Licence and uses are those of the original. `vllm serve .` serves it.")
-    return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", fill(about),
+    about = f"Recovery of perplexity: {100 / row['perplexity_ratio']['value']:.2f} %."
+    return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", about,
                         render_card(results), render_tables(results, rows)]) + "\n"
 
 # %%
@@ -1823,37 +1851,26 @@ def render_completions(rows: list[dict], number: int) -> str:
 def draw_summary(results: dict):
     from matplotlib.figure import Figure
     rows, most = results["variants"], results["config"]["max_loss"]
-    timed, base, loop = choose_rows(results)
-    times = {row["label"]: relate(row, base, "latency_s") for row in timed if loop}
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    order = sorted(rows, key=lambda row: row["kld"]["mean"] if row["kld"] else -1)
-    for k, row in enumerate(order):
-        name, up = name_variant(row["label"]), (k + 0.5) / len(rows)
-        color = "black" if row["label"] == BASELINE else f"C{rows.index(row)}"
-        style = dict(color=color, va="center")
+    for k, row in enumerate(rows):
+        name, mark = name_variant(row["label"]), "osD^vP*X"[k % 8]
+        color = "black" if row["label"] == BASELINE else f"C{k}"
         if row["status"] != "ok":
-            axes.text(1.03, up, f"{name}, failed", transform=axes.transAxes, **style)
+            axes.plot([], " ", label=f"{name}, failed")
             continue
         size, kld = row["weight_bytes"] / 1e6, read_figure(row, "kld")
-        axes.plot([size] * 3, [kld.low, kld.middle, kld.high], "o-", color=color, ms=9,
-                  mfc=color if find_loss(row) <= most else "white", markevery=[1])
-        room = "" if row["kv_tokens"] is None else f", {render_cell(row, USERS)} users"
-        words = [f"perplexity {100 * row['perplexity_ratio']['value'] - 100:+.1f} %"]
-        if times.get(row["label"]):
-            words.append(f"latency {100 * times[row['label']] - 100:+.1f} %")
-        axes.annotate(
-            f"{name}, {render_cell(row, COST[0])} MB{room}\n{', '.join(words)}",
-            (size, kld.middle), (1.03, up), textcoords="axes fraction", **style,
-            arrowprops=dict(arrowstyle="-", color=color, relpos=(0, 0.5)))
+        more = 100 * row["perplexity_ratio"]["value"] - 100
+        axes.plot([size] * 3, [kld.low, kld.middle, kld.high], mark + "-", color=color,
+                  ms=9, mfc=color if find_loss(row) <= most else "white", markevery=[1],
+                  label=f"{name}, {size:,.1f} MB\nperplexity {more:+.1f} %")
+    figure.legend(loc="outside right", labelspacing=1.2)
     axes.set_yscale("symlog", linthresh=1e-5)
     axes.set(ylabel="KLD to original, nats", ylim=(-2e-6, None),
              xlabel=f"MB on disk; hollow: not surely within {most:g} % perplexity")
     figure.suptitle(textwrap.fill(choose_variant(results)[1], 78), fontsize=12)
-    weights = f"{results['model_name'][-30:]} ({results['inputs']['model_files'][:7]})"
-    facts = weights, loop, results["machine"]["name"], results["created"][:10]
-    figure.supxlabel(textwrap.fill(one_line(", ".join(filter(None, facts))), 95),
-                     fontsize=9, parse_math=False)
+    facts = results["model_name"][-30:], results["machine"]["name"], results["created"]
+    figure.supxlabel(one_line(", ".join(facts)), fontsize=9, parse_math=False)
     return figure
 
 def collect_results(lab: SimpleNamespace) -> dict:
@@ -1900,8 +1917,7 @@ def set_up(words: list[str]) -> SimpleNamespace:
         lab.tasks = load_tasks(options, lab.output / "log.txt")
         if options.fresh:
             (lab.output / "results.json").unlink(missing_ok=True)
-            for label in VARIANTS:
-                shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
+            shutil.rmtree(lab.output / "checkpoints", ignore_errors=True)
         take_over(lab)
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))
