@@ -88,11 +88,11 @@ WxAy means weights of x bits and activations of y. SM is a GPU's compute capabil
   and `fp8_block`, DeepSeek-V3's, have no kernel here.
 
 Embedding, `lm_head` and vision towers stay 16-bit. Groups are smaller where 128 does
-not divide each width. To add a recipe, of any scheme, add an entry at the end (`True`
-if it looks at chats); what no kernel here implements runs *emulated*: unpacked."""
+not divide each width. To add a recipe, of any scheme, add an entry at the end: what
+returns llmcompressor's modifiers (else weights are rounded to nearest), and `True` if
+it looks at chats. What no kernel here implements runs *emulated*: unpacked."""
 
 # %%
-# recipe(modifiers, options) returns llmcompressor modifiers; if None: round to nearest.
 Variant = namedtuple("Variant", "scheme recipe calibrated", defaults=[None, False])
 LINEAR = dict(targets="Linear", ignore=[
     "lm_head", "re:.*(embed_out|vision|visual|audio|multi_modal|projector).*"])
@@ -146,8 +146,9 @@ DEMO = dict(model="tests/tiny-qwen2", calibration_data="tests/demo/chats.jsonl",
             calibration_length=512, window=512, batch_sizes=(1, 8))
 
 def option(default, remark: str, low=None, high=math.inf, choices=None):
-    return field(default=default, metadata=dict(
-        help=remark + " [%(default)s]", low=low, high=high, choices=choices))
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default or ""
+    about = dict(help=f"{remark} [{shown}]".replace(" []", ""), low=low, high=high)
+    return field(default=default, metadata=about | dict(choices=choices))
 
 @dataclass(frozen=True)
 class Options:
@@ -182,10 +183,10 @@ class Options:
     max_loss: float = option(2.0, "percent more perplexity you would accept", 0, 10**6)
     fresh: bool = option(False, "forget finished work in the output folder")
 
-# %%
 HELP_GROUPS = dict(model="what to run", calibration_data="data",
                    new_tokens="measurement", output_dir="output and advice")
 
+# %%
 def find_label(word: str) -> str:
     for labels in VARIANTS.keys() & {word}, DEFAULT, VARIANTS:
         matches = [label for label in labels if word.lower() in label]
@@ -463,13 +464,10 @@ more likely pays for one that became less likely; in KLD both count, which makes
 most sensitive figure here. What .015 nats mean: on text that the reference wrote itself
 perplexity would rise by a factor of exp(.015), 1.5 % (the cost of a wrong code: Cover
 and Thomas, *Elements of Information Theory*, theorem 5.4.3). It is taken at every
-token, in float32 (off by some 1e-6).
-What waits in the host's memory are the reference's last hidden states (0.54 GB at 0.5B;
-logits would be 90 GB), so two models never have to fit on a GPU. Its own head turns
-them into logits again. **Top-1**: how often the first choice agrees.
-
-**Tokens**: how many of a greedy completion go by before the first that differs from the
-reference's, the median of eight prompts: read them, do not rank by it.
+token, in float32 (off by some 1e-6). What waits in the host's memory are the
+reference's last hidden states (0.54 GB at 0.5B; logits would be 90 GB), which its own
+head turns into logits again. **Top-1**: how often the first choice agrees. **Tokens**:
+of a greedy completion, until it differs from the reference's, the median of eight.
 
 **The interval** of 95 % (±: its half) speaks for the choice of text, not for that of
 chats (compare two seeds). What stands in one article errs together, so neither tokens
@@ -509,7 +507,6 @@ def score_text(model, lab: SimpleNamespace):
 def complete_prompts(model, lab: SimpleNamespace) -> list[list[int]]:
     """Return greedy completions of lab.prompts, lists of ids, up to what ends each."""
     ends = model.generation_config.eos_token_id or lab.tokenizer.eos_token_id
-    # The model's own settings may ask for sampling, or for a repetition penalty.
     model.generation_config = type(model.generation_config)(
         eos_token_id=ends, pad_token_id=0)
     prompts = [ids.to(lab.device) for ids in lab.prompts]
@@ -574,12 +571,11 @@ def measure_quality(model, lab: SimpleNamespace) -> dict:
     reference.head.cpu()
     losses, kld, agrees = torch.cat(parts, dim=1).view(3, len(lab.windows), -1)
     mine, perplexity = complete_prompts(model, lab), estimate(losses, raise_e)
-    size = model.get_memory_footprint()
     return dict(
         perplexity=perplexity["value"], perplexity_interval=perplexity,
         perplexity_ratio=estimate(losses - reference.losses.view_as(losses), raise_e),
-        tokens_scored=losses.numel(), window_losses=losses.mean(1).tolist(),
-        gpus=dict(quality=model.devices), weights_memory_bytes=size,
+        tokens_scored=losses.numel(), weights_memory_bytes=model.get_memory_footprint(),
+        window_losses=losses.mean(1).tolist(), gpus=dict(quality=model.devices),
         top1_agreement=estimate(agrees, lambda x: min(100 * x, 100.0)),
         kld=estimate(kld, lambda x: max(x, 0.0), "mean") | dict(
             max=kld.max().item(), tokens=kld.numel(), windows=kld.mean(1).tolist()),
@@ -713,9 +709,8 @@ Decoding is what servers do, as far as PyTorch goes: a static cache, tokens that
 leave the GPU, compiled decoder layers, prefill and step as CUDA graphs. Else hundreds
 of kernels would each be started from Python, and at this size one would measure Python.
 So a model whose layers do not compile has no speed on a GPU (sliding windows shorter
-than the prompt, soft caps, states): a server may have. A CPU never compiles.
-
-A process's first three graphs replay up to 21 % faster than all do once a fourth is
+than the prompt, soft caps, states): a server may have. A CPU never compiles. And a
+process's first three graphs replay up to 21 % faster than all do once a fourth is
 recorded (H200; why is not known). Servers record dozens; so does this."""
 
 # %%
@@ -847,14 +842,10 @@ its own, continues the same prompts, greedy, to the same length, without prefix 
 TTFT is the time for one token; what `--new-tokens` take longer is decoding. Its log
 says which kernels it chose and how many KV tokens fit in 80 % of the GPU.
 
-Those are its engine's times, without HTTP and other requests (`vllm bench serve`).
-Between steps it schedules, prepares inputs and turns tokens into text on the host: with
-a small model, a step waits for that.
-
-Its completions are compared with this script's: one that reads a checkpoint wrongly
-differs at once. The baseline is measured first, and again last. If the two differ by
-over 5 %, in latency or in decoding at any batch size, or could not be compared, all
-that the server gave counts as noisy."""
+Those are its engine's times, without HTTP and other requests (`vllm bench serve`). Its
+completions are compared with this script's: one that reads a checkpoint wrongly differs
+at once. The baseline is measured first, and again last: if the two differ by over 5 %,
+in latency or decoding at any batch size, or cannot be compared, all counts as noisy."""
 
 # %%
 PATIENCE, DRIFT = 1200, 0.05  # Seconds for a checkpoint; between two baselines.
@@ -956,12 +947,12 @@ measured again when asked for; other changes of the script go unnoticed: `--fres
 compiler that crashes ends the run: take `--no-compile`, another `--output-dir`."""
 
 # %%
-ROW = dict.fromkeys("""
-    label status error scheme checkpoint weight_bytes quantize_seconds rtn_fallbacks
-    group_size smoothing notes perplexity perplexity_interval perplexity_ratio
-    tokens_scored window_losses kld top1_agreement divergence weights_memory_bytes
-    peak_memory_bytes kv_bytes_per_token kv_tokens ttft_s latency_s prefill decode
-    prompt_tokens runs_as served fingerprint""".split()) | dict(tasks={}, gpus={})
+ROW = dict.fromkeys("""label status error scheme checkpoint weight_bytes
+    quantize_seconds rtn_fallbacks group_size smoothing notes perplexity
+    perplexity_interval perplexity_ratio tokens_scored window_losses kld top1_agreement
+    divergence weights_memory_bytes peak_memory_bytes kv_bytes_per_token kv_tokens
+    ttft_s latency_s prefill decode prompt_tokens runs_as served
+    fingerprint""".split()) | dict(tasks={}, gpus={})
 SCHEMA = 7  # Raised when keys go: older results are refused.
 MAY_DIFFER = ("variants", "output_dir", "vllm", "tasks", "task_limit", "tasks_path",
               "max_loss", "fresh", "memory_bytes", "gpus")
@@ -1082,7 +1073,8 @@ def measure_row(label: str, lab: SimpleNamespace) -> dict:
 """## Tables and advice
 ± is half the interval; of a lopsided one, and of timings, ends stand in brackets. A run
 shows five figures beside the baseline's, their ratios, what it ran as, and one
-completion of each: read it, a model can keep its perplexity and lose the thread.
+completion of each: read it, a model can keep its perplexity and lose the thread. Tables
+are rows of title, key (after @, of a batch size), digits and unit.
 
 A variant *qualifies* if the upper end of its interval is within `--max-loss` percent
 more perplexity (of twelve windows or more). Of these, and the baseline, four goals name
@@ -1096,12 +1088,10 @@ jitter of one process, not what another day or a warm GPU would add. For tasks, 
 of 5 % is shared by all comparisons (Bonferroni).
 
 The advice is what most of the first three goals name, the first in a draw; on a CPU
-memory alone counts. What KLD is worth stands in the notes beside the bound by
-perplexity: where they disagree, read the completions."""
+memory alone counts. Where perplexity and what KLD is worth disagree, read."""
 
 # %%
 Cell = namedtuple("Cell", "word middle low high ranged noisy", defaults=[None] * 5)
-# Title, key (after @, of a batch size), digits, unit.
 QUALITY = (("MB", "weight_bytes", 1, 1e-6), ("ratio", "perplexity_ratio", 4, 1),
            ("perplexity", "perplexity_interval", 2, 1), ("KLD", "kld", 5, 1),
            ("top-1 %", "top1_agreement", 1, 1), ("tokens", "divergence", 0, 1))
@@ -1180,7 +1170,7 @@ def render_tables(results: dict, rows: list[dict]) -> str:
     if served := [as_served(row) for row in rows if row.get("served")]:
         drift = max(row["drift"] for row in served)
         drift = f"{100 * drift:.1f} % off" if drift < math.inf else "not compared"
-        parts.append(f"In {served[0]['engine']}; the baseline, again last, is {drift}.")
+        parts.append(f"Served by {served[0]['engine']}; baseline again last: {drift}.")
         parts += [render_table(x, served) for x in (SPEED, batches[1:], ROOM) if x]
     if scores := list_scores(rows):
         parts += ["Tasks, by lm-eval, paired by document:", render_table(TASKS, scores)]
@@ -1223,10 +1213,9 @@ def render_notes(results: dict) -> str:
                  unserved and f"not served: {quote(unserved)}",
                  row["runs_as"] and f"runs as: {row['runs_as']}"]
         if row["status"] == "ok" and row["label"] != BASELINE:
-            loss, kld = find_loss(row), 100 * (raise_e(row["kld"]["mean"]) - 1)
-            notes.append(f"perplexity {loss:+.1f} % at most, {most:g} % allowed"
-                         if loss < math.inf else "too few windows for an interval")
-            notes.append(f"KLD is worth {kld:.1f} %")
+            up, kld = find_loss(row), 100 * (raise_e(row["kld"]["mean"]) - 1)
+            why = f"perplexity {up:+.1f} % at most, {most:g} % allowed; KLD {kld:.1f} %"
+            notes.append(why if up < math.inf else "too few windows for an interval")
         name, notes = name_variant(row["label"]), filter(None, notes)
         lines.append(fill(f"{name}: {'; '.join(notes)}", "- "))
     return "\n".join(lines)
@@ -1309,8 +1298,8 @@ def choose_variant(results: dict) -> tuple[str | None, str]:
     if not chosen or chosen[0] is base:
         lead = f"Keep {config['dtype']}, nothing wins within {config['max_loss']:g} %"
         return pick, lead if rows else "Nothing was measured"
-    keys = dict(size="weight_bytes", perplexity="perplexity_ratio",
-                latency=loop and "latency_s")
+    keys = {"size": "weight_bytes", "perplexity": "perplexity_ratio",
+            f"latency in {loop}": loop and "latency_s"}
     ratios = {name: relate(chosen[0], base, key) for name, key in keys.items()}
     words = [f"{name} {100 * x - 100:+.1f} %" for name, x in ratios.items() if x]
     return pick, ", ".join([name_variant(pick), *words])
@@ -1397,14 +1386,11 @@ packed. By format, GPU and number of tokens it takes a route, which `runs_as` na
 A model with any other format (static or no rounding of activations, scales by blocks
 or of whole tensors, zero points) is emulated: quality is right, memory and speed not.
 
-*Larger than the first GPU*: a model that does not fit it, beside a window's activations
-and logits and the reference's head, is spread for quality and tasks by
-[accelerate](https://huggingface.co/docs/accelerate/usage_guides/big_modeling): over as
-many GPUs as that takes (`--gpus` limits them), packed as it is. What these do not hold
-waits in the host's memory and is copied for each window and each token, which is slow;
-how much is printed. Speed wants one GPU: a variant too large for it has none here. With
-`--vllm` a checkpoint gets the least power of two of GPUs that leaves vLLM an eighth of
-its memory (`tensor_parallel_size`). No ratio is made of times on unequal numbers.
+*Larger than the first GPU*: what does not fit it, beside a window's activations, logits
+and the reference's head, is spread by accelerate for quality and tasks: over as many as
+it takes (`--gpus` limits them), and the rest into host memory, which is copied for each
+window and token (printed). Such a variant has no speed here. `--vllm` gets a power of
+two, of which weights take up to .7; where numbers differ, times have no ratio.
 
 A weight has the shape [outputs, inputs]: 16-bit, int8, the codes of FP8 as int8, or
 four INT4 to an int16. Its scale is [outputs, groups], one group unless INT4. A word of
@@ -1429,11 +1415,6 @@ def map_devices(model, options: Options) -> dict:
     memory = {i: find_free(i) - room for i in gpus} | dict(cpu=2**60)
     return infer_auto_device_map(model, memory, model._no_split_modules)
 
-def forward_there(forward, x: Tensor) -> Tensor:
-    with torch.cuda.device_of(x):  # Triton launches kernels on the current device.
-        return forward(x)
-
-# %%
 def place_model(folder: Path, options: Options, device: torch.device, whole=False):
     """Return a causal LM on its `devices`; `packs` tells if its Linears stay packed."""
     from accelerate import dispatch_model
@@ -1476,6 +1457,11 @@ def place_model(folder: Path, options: Options, device: torch.device, whole=Fals
           file=OUTPUT, flush=True)
     return model
 
+# %%
+def forward_there(forward, x: Tensor) -> Tensor:
+    with torch.cuda.device_of(x):  # Triton launches kernels on the current device.
+        return forward(x)
+
 def forward_rows(forward, x: Tensor) -> Tensor:
     # Of two dimensions, compressed-tensors 0.19 would scale all tokens alike.
     return forward(x.reshape(1, -1, x.shape[-1])).view(*x.shape[:-1], -1)
@@ -1498,11 +1484,43 @@ def dequantize(kind: str, weight: Tensor, scale: Tensor) -> Tensor:
         weight = weight.view(torch.float8_e4m3fn)
     return weight.to(scale.dtype) * scale
 
+FORMATS = dict(  # Of weights and of activations; what the kernels implement.
+    int4=[("int", 4, "group", True, False), None],
+    int8=[("int", 8, "channel", True, False), ("int", 8, "token", True, True)],
+    fp8=[("float", 8, "channel", True, False), ("float", 8, "token", True, True)])
+
+def find_kind(module: torch.nn.Module) -> str | None:
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is None:  # Some routers are Linears of another forward.
+        return "dense" if type(module).forward is torch.nn.Linear.forward else None
+    forms = [x and (x.type, x.num_bits, x.strategy, x.symmetric, x.dynamic)
+             for x in (scheme.weights, scheme.input_activations)]
+    if scheme.output_activations or hasattr(module, "weight_g_idx"):
+        return None
+    return next((kind for kind, those in FORMATS.items() if those == forms), None)
+
+def pack_model(model, sm: tuple[int, int]) -> None:
+    if hook := getattr(model, "ct_decompress_hook", None):
+        hook.remove()  # It would unpack all when the model first runs.
+    for name, layer in list(model.named_modules()):
+        kind, scale = find_kind(layer), getattr(layer, "weight_scale", None)
+        if not kind or (kind == "dense" and not any(sm)):
+            continue
+        if kind == "int4":
+            shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=scale.device)
+            nibbles = layer.weight_packed[..., None] >> shifts & 15
+            nibbles = nibbles.view(*scale.shape, 4, -1).transpose(2, 3)
+            weight = (nibbles << shifts[:4]).sum(-1).to(torch.int16).flatten(1)
+        else:
+            weight = layer.weight if kind == "dense" else layer.weight.view(torch.int8)
+        model.set_submodule(name, PackedLinear(kind, weight, scale, layer.bias, sm))
+        layer._parameters.clear()  # Or a reference cycle would keep them.
+
+# %%
 Route = Enum("Route", dict(DENSE="16-bit", DEQUANTIZED="dequantized",
                            REGISTERS="in registers", TENSOR_CORES="tensor cores"))
 TENSOR_CORES_FROM = dict(int4=(8, 0), int8=(7, 5), fp8=(8, 9), dense=(99, 0))  # SM
 
-# %%
 class PackedLinear(torch.nn.Module):
     """Multiply by packed weights: int4, int8, fp8 or dense; sm (0, 0) is a CPU."""
     def __init__(self, kind: str, weight, scale, bias, sm: tuple[int, int]):
@@ -1549,39 +1567,6 @@ class PackedLinear(torch.nn.Module):
         y = y if kind in ("dense", "int4") else y * self.scale.float().t()
         y = y if self.bias is None else y + self.bias.float()
         return y.to(dtype).view(*shape[:-1], len(self.weight))
-
-FORMATS = dict(  # Of weights and of activations; what the kernels implement.
-    int4=[("int", 4, "group", True, False), None],
-    int8=[("int", 8, "channel", True, False), ("int", 8, "token", True, True)],
-    fp8=[("float", 8, "channel", True, False), ("float", 8, "token", True, True)])
-
-# %%
-def find_kind(module: torch.nn.Module) -> str | None:
-    scheme = getattr(module, "quantization_scheme", None)
-    if scheme is None:  # Some routers are Linears of another forward.
-        return "dense" if type(module).forward is torch.nn.Linear.forward else None
-    forms = [x and (x.type, x.num_bits, x.strategy, x.symmetric, x.dynamic)
-             for x in (scheme.weights, scheme.input_activations)]
-    if scheme.output_activations or hasattr(module, "weight_g_idx"):
-        return None
-    return next((kind for kind, those in FORMATS.items() if those == forms), None)
-
-def pack_model(model, sm: tuple[int, int]) -> None:
-    if hook := getattr(model, "ct_decompress_hook", None):
-        hook.remove()  # It would unpack all when the model first runs.
-    for name, layer in list(model.named_modules()):
-        kind, scale = find_kind(layer), getattr(layer, "weight_scale", None)
-        if not kind or (kind == "dense" and not any(sm)):
-            continue
-        if kind == "int4":
-            shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=scale.device)
-            nibbles = layer.weight_packed[..., None] >> shifts & 15
-            nibbles = nibbles.view(*scale.shape, 4, -1).transpose(2, 3)
-            weight = (nibbles << shifts[:4]).sum(-1).to(torch.int16).flatten(1)
-        else:
-            weight = layer.weight if kind == "dense" else layer.weight.view(torch.int8)
-        model.set_submodule(name, PackedLinear(kind, weight, scale, layer.bias, sm))
-        layer._parameters.clear()  # Or a reference cycle would keep them.
 
 # %% [markdown]
 """## Kernels
@@ -1699,7 +1684,6 @@ def attend(module, query, key, value, attention_mask, scaling, **named):
         y = (weight[..., None] * value[:, :, None]).sum(3).to(query.dtype)
     return y.reshape(len(y), 1, query.shape[1], -1), None
 
-# %%
 def compile_layers(model, compiled: bool) -> None:
     from transformers import AttentionInterface
     AttentionInterface.register("quant_lab", attend)
@@ -1826,17 +1810,18 @@ def render_summary(results: dict) -> str:
 
 def render_model_card(row: dict, results: dict) -> str:
     from huggingface_hub import EvalResult, ModelCardData
-    base, name = results["base_model"], results["model_name"]
-    title, is_base = f"{name}, {row['scheme']}", row["label"] == BASELINE
+    title = f"{results['model_name']}, {row['scheme']}"
+    is_base = row["label"] == BASELINE
     text = Path(results["config"]["eval_text"]).name
     result = EvalResult("text-generation", text, text, "perplexity", row["perplexity"])
     data = ModelCardData(
-        base_model=base, license=results["license"], library_name="transformers",
-        model_name=title, eval_results=[result],
+        base_model=results["base_model"], license=results["license"], model_name=title,
+        library_name="transformers", eval_results=[result],
         tags=None if is_base else ["compressed-tensors", "llmcompressor"])
     rows = [x for x in results["variants"] if x["label"] in (BASELINE, row["label"])]
-    about = f"Recovery of perplexity: {100 / row['perplexity_ratio']['value']:.2f} %."
-    return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", about,
+    about = (f"Recovery of perplexity: {100 / row['perplexity_ratio']['value']:.2f} %. "
+             "Licence and uses are those of the original. `vllm serve .` serves it.")
+    return "\n\n".join([f"---\n{data.to_yaml()}\n---", f"# {quote(title)}", fill(about),
                         render_card(results), render_tables(results, rows)]) + "\n"
 
 # %%
@@ -1854,8 +1839,7 @@ def draw_summary(results: dict):
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for k, row in enumerate(rows):
-        name, mark = name_variant(row["label"]), "osD^vP*X"[k % 8]
-        color = "black" if row["label"] == BASELINE else f"C{k}"
+        name, mark, color = name_variant(row["label"]), "osD^vP*X"[k % 8], f"C{k}"
         if row["status"] != "ok":
             axes.plot([], " ", label=f"{name}, failed")
             continue
@@ -1917,7 +1901,8 @@ def set_up(words: list[str]) -> SimpleNamespace:
         lab.tasks = load_tasks(options, lab.output / "log.txt")
         if options.fresh:
             (lab.output / "results.json").unlink(missing_ok=True)
-            shutil.rmtree(lab.output / "checkpoints", ignore_errors=True)
+            for label in VARIANTS:
+                shutil.rmtree(lab.output / "checkpoints" / label, ignore_errors=True)
         take_over(lab)
     print(f"output       {output}; after Ctrl-C the same command goes on where it was")
     show(render_card(lab.head))

@@ -23,7 +23,7 @@ class Constant(torch.nn.Module):
     def __init__(self, logits):
         super().__init__()
         self.logits = torch.nn.Parameter(logits)
-        self.device = logits.device
+        self.device, self.devices = logits.device, ["cpu"]
         self.decoder = torch.nn.Module()
         self.decoder.forward = self.decode
 
@@ -49,7 +49,7 @@ def cut(ids, window, max_windows=0):
 
 def score(model, ids, window):
     """Return losses [windows, tokens] of token ids in windows."""
-    lab = SimpleNamespace(windows=cut(ids, window), unscored=1)
+    lab = SimpleNamespace(windows=cut(ids, window), unscored=1, device="cpu")
     losses = torch.cat([losses for *_, losses in quant_lab.score_text(model, lab)])
     return losses.view(len(lab.windows), -1)
 
@@ -224,7 +224,7 @@ def test_mean_and_greatest_are_those_of_all_tokens(monkeypatch):
 
     other.forward = say_next
     tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
-    lab = SimpleNamespace(options=quant_lab.Options(), device=None, unscored=1, prompts=[],
+    lab = SimpleNamespace(options=quant_lab.Options(), device="cpu", unscored=1, prompts=[],
                           windows=torch.zeros(1, count + 1, dtype=torch.long),
                           model_folder=None, tokenizer=tokenizer)
     monkeypatch.setattr(quant_lab, "place_model", lambda *_: known)
@@ -310,7 +310,7 @@ def test_a_completion_that_ends_sooner_differs_there(monkeypatch, mine, theirs, 
     """Count all new tokens for completions that are the same to their common end."""
     tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: str(ids))
     model, windows = Constant(torch.zeros(9)), torch.zeros(2, 4, dtype=torch.long)
-    lab = SimpleNamespace(options=quant_lab.Options(new_tokens=9), device=None, unscored=1,
+    lab = SimpleNamespace(options=quant_lab.Options(new_tokens=9), device="cpu", unscored=1,
                           windows=windows, prompts=[], model_folder=None,
                           tokenizer=tokenizer)
     monkeypatch.setattr(quant_lab, "place_model", lambda *_: model)
@@ -542,7 +542,7 @@ def test_logits_are_never_whole(monkeypatch):
 
     model, tokenizer = Constant(torch.zeros(20_000).half()), SimpleNamespace()
     tokenizer.decode = lambda *_, **__: ""
-    lab = SimpleNamespace(options=quant_lab.Options(), device=None, model_folder=None,
+    lab = SimpleNamespace(options=quant_lab.Options(), device="cpu", model_folder=None,
                           windows=torch.zeros(1, 400, dtype=torch.long), unscored=1,
                           prompts=[], tokenizer=tokenizer)
     monkeypatch.setattr(quant_lab, "place_model", lambda *_: model)

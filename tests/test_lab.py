@@ -31,7 +31,7 @@ def test_demo_gives_four_rows(demo):
     assert results["schema"] == quant_lab.SCHEMA and len(results["variants"]) == 4
     assert {"created", "command", "config", "machine", "versions", "inputs", "model_name",
             "base_model", "license", "advice"} <= set(results)
-    assert {"device", "name", "memory_bytes", "driver", "threads",
+    assert {"device", "name", "memory_bytes", "driver", "threads", "gpus",
             "compute_capability"} == set(results["machine"])
     assert {"python", "torch", "transformers", "llmcompressor",
             "compressed_tensors"} <= set(results["versions"])
@@ -52,8 +52,8 @@ def test_demo_gives_four_rows(demo):
                             ("kld", "mean"), ("top1_agreement", "value")):
             interval = row[key]
             assert interval["low"] <= interval[center] <= interval["high"]
-        packed = "" if label == LABELS[0] else "dequantized, "
-        assert row["runs_as"] == f"{packed}not compiled"
+        packed = "16-bit" if label == LABELS[0] else "dequantized"
+        assert row["runs_as"] == f"{packed}, not compiled"
         assert [entry["batch"] for entry in row["decode"]] == [1, 8]
         assert row["weights_memory_bytes"] == pytest.approx(row["weight_bytes"], rel=0.02)
         assert row["prompt_tokens"] == 512 and set(row) == set(quant_lab.ROW)
@@ -654,7 +654,7 @@ def test_a_format_without_a_kernel_runs_emulated_and_right(
         requested, small, texts, tmp_path, label):
     row = requested.rows[label]
     assert row["status"] == "ok", row["error"]
-    assert row["runs_as"] == "not compiled, emulated in 16 bits"
+    assert row["runs_as"] == "emulated in 16 bits, not compiled"
     folder = requested.output / row["checkpoint"]
     if label == "nvfp4a16":
         check_plainly(row, small, unpack_plainly(small, folder, tmp_path), texts, rel=2e-2)
@@ -662,7 +662,7 @@ def test_a_format_without_a_kernel_runs_emulated_and_right(
         check_plainly(row, small, folder, texts)
     assert row["kld"]["mean"] > 1e-3, "rounding shows"
     base = requested.rows[LABELS[0]]
-    assert base["runs_as"] == "not compiled", "that variant alone"
+    assert base["runs_as"] == "16-bit, not compiled", "that variant alone"
     assert row["weight_bytes"] < base["weight_bytes"]
     assert row["weights_memory_bytes"] >= base["weights_memory_bytes"], "as held"
 
@@ -796,7 +796,6 @@ def test_of_a_model_that_sees_only_the_language_model_is_quantized(vision, texts
     assert row["status"] == "ok", row["error"]
     folder = build.output / row["checkpoint"]
     check_plainly(row, model, folder, texts)
-    assert any("16-bit" in note and "vision" in note for note in row["notes"])
     note, = (note for note in row["notes"] if "vision" in note)
     notes = quant_lab.render_notes(quant_lab.collect_results(build))
     assert "".join(note.split()) in "".join(notes.split())
@@ -815,7 +814,7 @@ def test_a_quantized_model_alone_is_drawn_beside_the_baseline(lab):
                       for row in results["variants"]}
     low, high = axes.get_xlim()
     assert math.isfinite(low) and all(low < size < high for size, _ in points)
-    said = [text.get_text() for text in axes.texts]
+    said = [line.get_label() for line in axes.lines]
     assert [re.match(".+(?=, [^,]+ MB)", one)[0] for one in said] == [
         "FP16 baseline", "GPTQ W4A16"]
     first, second = (float(re.search(r"[\d.]+(?= MB)", one)[0]) for one in said)
@@ -933,7 +932,9 @@ def test_generation_defaults_that_do_not_validate_do_not_stop_the_lab(
         assert row["status"] == "ok", row["error"]
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / row["checkpoint"])
         assert model.generation_config.eos_token_id == 2, "what ends a completion stays"
-        model.generation_config.validate(strict=True)
+        saved = json.loads((tmp_path / "out" / row["checkpoint"] / "generation_config.json"
+                            ).read_text())
+        assert content.items() <= saved.items(), "and so does the rest, as it came"
 
 
 @pytest.mark.parametrize("chats, batches", [(39, 39), (82, 28)])

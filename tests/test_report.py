@@ -11,8 +11,6 @@ from statistics import NormalDist
 import jupytext
 import pytest
 from conftest import COMMITTED, ROOT, SCRIPT, load_by_path, start_beside
-from matplotlib.colors import to_rgba
-from matplotlib.text import Text
 
 import quant_lab
 
@@ -250,6 +248,7 @@ WANTED = {
     "quantize s": lambda row: row["quantize_seconds"]}
 IN_A_SERVER = {title: WANTED[title] for title in (
     "tokens/s", "TTFT ms", "latency s", "KV tokens")} | {
+        "GPUs": lambda row: row["tensor_parallel_size"],
         "same tokens": WANTED["tokens"], "kernel": lambda row: row["kernel"] or "–"}
 
 
@@ -270,7 +269,7 @@ def want(title, row):
 def test_every_cell_of_every_table_is_a_figure_of_its_row(name):
     results, seen = read(name, served=True), ([], [])
     text = quant_lab.render_tables(results, results["variants"]).partition("Tasks, by")[0]
-    texts = text.partition("As served by")
+    texts = text.partition("Served by")
     for place, text in enumerate(texts[::2]):
         for table in read_tables(text):
             assert list(table) == [row["label"] for row in results["variants"]]
@@ -388,10 +387,7 @@ def test_a_noisy_timing_is_marked_and_not_ranked(calm, label, spread, noisy):
     assert numbers(table["MB"]["over it"])[0] > 0 < numbers(table["weights MB"]["over it"])[0]
     for key in "latency_s", "tok_s@1", "itl_ms@8":
         assert (quant_lab.relate(rows_of(calm)[shown], rows_of(calm)[BASE], key) == 0) == noisy
-    changes = read_changes(calm)
-    assert ("latency" not in changes[shown]) == noisy
-    assert ("latency" not in changes[INT8]) == (noisy and label == BASE), "against a noisy one"
-    assert set(changes) == set(rows_of(calm)), "the other figures stay"
+    assert set(read_lines(calm)) == set(rows_of(calm)), "the other figures stay"
 
 
 def test_only_timings_are_noisy(calm):
@@ -617,7 +613,7 @@ def test_max_loss_moves_who_qualifies(most, qualify):
         assert f"perplexity {high:+.1f} % at most, {most:g} % allowed" in said
     for label, row in rows_of(results).items():
         hollow = label not in (BASE, *qualify)
-        assert (read_points(results)[label].get_markerfacecolor() == "white") == hollow
+        assert (read_lines(results)[label][0].get_markerfacecolor() == "white") == hollow
 
 
 def test_none_that_qualifies_keeps_what_there_is():
@@ -719,7 +715,7 @@ def test_on_a_cpu_memory_alone_decides():
     assert "latency" not in sentence
     results["machine"]["device"] = "cuda"
     pick, sentence = quant_lab.choose_variant(results)
-    assert pick == FP8 and ", latency -" in sentence
+    assert pick == FP8 and ", latency in this script's loop -" in sentence
 
 
 def test_most_goals_decide_and_the_first_in_a_draw():
@@ -746,7 +742,7 @@ def test_the_sentence_says_how_what_is_chosen_differs():
     rows[BASE]["perplexity_ratio"] = dict(value=1.0, low=1.0, high=1.0)
     rows[FP8]["perplexity_ratio"] = dict(value=0.9954, low=0.99, high=1.001)
     assert quant_lab.choose_variant(results) == (
-        FP8, "FP8 dynamic, size -37.5 %, perplexity -0.5 %, latency -24.8 %")
+        FP8, "FP8 dynamic, size -37.5 %, perplexity -0.5 %, latency in this script's loop -24.8 %")
     rows[FP8]["weight_bytes"] = 1100
     rows[FP8]["perplexity_ratio"]["value"] = 1.0154
     set_time(rows[FP8], (1.2, 2.0))  # Noisy: how much is not said.
@@ -754,7 +750,7 @@ def test_the_sentence_says_how_what_is_chosen_differs():
     set_time(rows[FP8], (1.3, 1.326), (0.1, 0.1))
     rows[FP8]["weights_memory_bytes"] = 1
     assert quant_lab.choose_variant(results)[1] == (
-        "FP8 dynamic, size +10.0 %, perplexity +1.5 %, latency +30.0 %")
+        "FP8 dynamic, size +10.0 %, perplexity +1.5 %, latency in this script's loop +30.0 %")
 
 
 # Advice, as served.
@@ -770,7 +766,7 @@ def test_what_was_served_decides_by_the_server():
     assert "1.005 (1.000–1.010) s in vllm 0.26.0; 0.50 times the baseline's" in advice[USER][1]
     assert "in batches of 8, in vllm 0.26.0; 2.00 times the baseline's" in advice[MANY][1]
     assert advice[MEMORY][0] == [BASE, INT8, FP8, INT4]
-    assert "latency -50.0 %" in quant_lab.choose_variant(results)[1]
+    assert "latency in vllm 0.26.0 -50.0 %" in quant_lab.choose_variant(results)[1]
     rows[BASE]["served"]["latency_s"] = quant_lab.summarize([2.0, 2.7])
     names, why = read_advice(results)[USER]
     assert names == [INT4] and f"too noisy to rank: {BASE}" in why and "times the" not in why
@@ -787,11 +783,8 @@ def test_a_server_that_drifted_decides_nothing(drift, decides):
         names, why = advice[goal]
         assert names == [INT4 if decides else FP8] and where in why and "noisy" not in why
     assert quant_lab.choose_variant(results)[0] == (INT4 if decides else FP8)
-    wanted = dict.fromkeys((BASE, FP8, INT4, INT8), 0)
-    wanted |= {INT4: -50} if decides else {FP8: 100 * (0.1 / 1.01 - 1)}
-    found = {label: changed["latency"] for label, changed in read_changes(results).items()}
-    assert found == pytest.approx(wanted, abs=0.051)
-    assert where.removeprefix("in ") in flatten(draw(results)[0]._supxlabel.get_text())
+    less = -50 if decides else 100 * (0.1 / 1.01 - 1)
+    assert f"latency {where} {less:+.1f} %" in flatten(draw(results)[0]._suptitle.get_text())
 
 
 def test_on_a_cpu_a_server_decides():
@@ -834,17 +827,12 @@ def test_until_all_were_tried_in_the_server_the_own_loop_decides():
 # Notes.
 
 
-@pytest.mark.parametrize("high, kld, disagrees", [
-    (1.01, 0.0582, False), (1.01, 0.0584, True), (1.0201, 0.0584, False),
-    (1.0201, 0.0067, False), (1.0201, 0.0066, True), (1.01, 0.0065, False)])
-def test_a_kld_that_disagrees_with_perplexity_is_noted(high, kld, disagrees):
-    """Within 2 %, and yet a KLD worth three times that; or over it, and a third of it."""
+@pytest.mark.parametrize("kld", [0.0, 0.0066, 0.0584])
+def test_what_kld_is_worth_stands_beside_perplexity(kld):
     results = stage()
-    set_quality(results["variants"][2], high, [kld] * 30)
-    said = flatten(quant_lab.render_notes(results))
-    worth = 100 * (math.exp(kld) - 1)
-    assert (f"its KLD disagrees, worth {worth:.1f} %: read completions" in said) == disagrees
-    assert said.count("disagrees") == disagrees
+    set_quality(results["variants"][2], 1.01, [kld] * 30)
+    assert (f"perplexity +1.0 % at most, 2 % allowed; KLD {100 * (math.exp(kld) - 1):.1f} %"
+            ) in flatten(quant_lab.render_notes(results))
 
 
 def test_the_notes_say_what_to_beware_of(calm):
@@ -857,8 +845,9 @@ def test_the_notes_say_what_to_beware_of(calm):
     assert [note.partition(":")[0] for note in notes] == [
         "FP16 baseline", "FP8 dynamic", "GPTQ W4A16", "SmoothQuant W8A8"]
     assert notes[0] == f"FP16 baseline: runs as: {base['runs_as']}"
-    assert notes[1] == (f"FP8 dynamic: runs as: {fp8['runs_as']}; perplexity +1.3 % at most, "
-                        "2 % allowed")
+    assert re.fullmatch(
+        re.escape(f"FP8 dynamic: runs as: {fp8['runs_as']}; perplexity +1.3 % at most, "
+                  "2 % allowed; KLD ") + r"\d+\.\d %", notes[1])
     assert notes[2].startswith(
         "GPTQ W4A16: groups of 64: 128 does not divide 576; 16-bit: model.x; warning: 17 "
         "modules fell back to rounding: --dampening; runs as: ")
@@ -917,36 +906,14 @@ def read_ticks(axes, renderer):
     return found
 
 
-def read_labels(results):
-    """Return the text beside the chart that names each variant."""
-    axes, = quant_lab.draw_summary(results).axes
+def read_lines(results):
+    """Return the line of each variant in the picture, and what the legend says of it."""
+    figure = quant_lab.draw_summary(results)
+    (axes,), (legend,) = figure.axes, figure.legends
     names = {quant_lab.name_variant(row["label"]): row["label"] for row in results["variants"]}
-    found = {names[text.get_text().partition(",")[0]]: text for text in axes.texts}
-    assert len(found) == len(axes.texts) == len(names)
-    assert len({text.get_color() for text in found.values()}) == len(names)
-    return found
-
-
-def read_points(results):
-    """Return the point of each variant in the chart, by its label's color."""
-    axes, = quant_lab.draw_summary(results).axes
-    points = {line.get_color(): line for line in axes.lines}
-    assert len(points) == len(axes.lines)
-    return {label: points.pop(text.get_color()) for label, text in read_labels(results).items()
-            if "failed" not in text.get_text()} | points
-
-
-def read_changes(results):
-    """Return by how many percent each finished variant differs, by the name of the figure."""
-    found = {}
-    for label, text in read_labels(results).items():
-        if rows_of(results)[label]["status"] == "ok":
-            said = re.fullmatch(
-                r".+, [\d,.]+ MB(?:, [\d,]+ users)?\nperplexity ([+-]\d+\.\d) %"
-                r"(?:, latency ([+-]\d+\.\d) %)?", text.get_text())
-            found[label] = {name: float(x) for name, x in zip(
-                ("perplexity", "latency"), said.groups()) if x}
-    return found
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == [line.get_label() for line in axes.lines] and len(said) == len(names)
+    return {names[text.partition(",")[0]]: (line, text) for line, text in zip(axes.lines, said)}
 
 
 def fail_last(results):
@@ -1034,12 +1001,10 @@ def test_nothing_in_the_picture_overlaps(results, spoil):
              axes.yaxis.label, *ticks]
     boxes = [(text.get_text(), text.get_window_extent(renderer))
              for text in texts if text.get_text() and text.get_visible()]
-    for text in axes.texts:
-        # Of an annotation, its text alone, without its line.
-        box = Text.get_window_extent(text, renderer)
-        assert box.x0 >= frame.x1, text.get_text()
-        boxes.append((text.get_text(), box))
-    for line in axes.lines:
+    legend, = figure.legends
+    boxes.append(("legend", legend.get_window_extent(renderer)))
+    assert boxes[-1][1].x0 >= frame.x1
+    for line in [line for line in axes.lines if len(line.get_xdata())]:
         x, y = axes.transData.transform(line.get_xydata()).T
         assert frame.y0 <= min(y) and max(y) <= frame.y1
         assert frame.x0 + 4 <= x[0] <= frame.x1 - 4, "room for a dot"
@@ -1066,60 +1031,39 @@ def test_kld_has_round_ticks_and_none_below_zero(name, spoil):
         assert re.fullmatch(r"\$\\mathdefault\{(0|10\^\{-?\d\})\}\$", tick), tick
 
 
-def test_latency_is_said_where_a_loop_or_a_server_timed_it(results):
-    """On a CPU, only of a server; the footer says where; of what was not served, nothing."""
+def test_the_title_says_where_latency_was_timed(results):
+    """On a CPU, only of a server; of what was not served, nothing."""
     def read():
-        footer = flatten(quant_lab.draw_summary(results)._supxlabel.get_text())
-        return {label: "latency" in changed
-                for label, changed in read_changes(results).items()}, footer
+        title = flatten(quant_lab.draw_summary(results)._suptitle.get_text())
+        return re.findall(r"latency in (.+?) [+-]", title)
 
     cuda = results["machine"]["device"] == "cuda"
-    said, footer = read()
-    assert said == dict.fromkeys(rows_of(results), cuda)
-    assert ("this script's loop" in footer) == cuda
+    for row in results["variants"]:
+        good = 1.0 if row["label"] == BASE else 1.001
+        row["perplexity_ratio"] = dict(value=good, low=good, high=good)
+        row["weights_memory_bytes"] += row["label"] in (BASE,) and 10**12
+    own = ["this script's loop"] if cuda else []
+    assert set(read()) <= set(own)
     serve(results)
     results["config"] |= dict(batch_sizes=[1], prompt_lengths=[])
-    said, footer = read()
-    assert said == dict.fromkeys(rows_of(results), True)
-    assert "vllm 0.26.0" in footer and "loop" not in footer
-    rows_of(results)[FP8]["served"] = quant_lab.SERVED | dict(engine="vllm 0.26.0", error="no")
-    said, footer = read()
-    assert said == dict.fromkeys(rows_of(results), True) | {FP8: False}
-    assert "vllm 0.26.0" in footer
+    assert set(read()) <= {"vllm 0.26.0"}
     rows_of(results)[FP8]["served"] = None  # Not tried: the loop decides again.
-    said, footer = read()
-    assert said == dict.fromkeys(rows_of(results), cuda)
-    assert ("this script's loop" in footer) == cuda and "vllm" not in footer
+    assert set(read()) <= set(own)
 
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_the_picture_shows_the_figures(name):
     results = read(name, served=True)
-    rows, cuda = rows_of(results), results["machine"]["device"] == "cuda"
-    served = all(row["served"] and row["served"]["drift"] <= 0.05 for row in rows.values())
-    assert served == (name == "h200-7b"), "a server, the loop and neither are all here"
-    times = {label: (row["served"] if served else row)["latency_s"]
-             for label, row in rows.items() if served or cuda}
-    calm = {label: x for label, x in times.items() if x["max"] <= 1.3 * x["min"]}
-    labels, points = read_labels(results), read_points(results)
-    assert set(labels) == set(points) == set(rows)
+    rows, lines = rows_of(results), read_lines(results)
+    assert set(lines) == set(rows)
     for label, row in rows.items():
-        said, changed = labels[label].get_text().split("\n")
-        size, *users = re.findall(r"(?<=, )[\d,.]+(?= MB| users)", said)
-        assert numbers(size)[0] == pytest.approx(
-            row["weights_memory_bytes"] / 1e6, rel=1e-3, abs=0.06)
-        room = row["kv_tokens"]
-        assert users == ([] if room is None else [f"{room // 8192:,}"])
-        loss = 100 * (row["perplexity_ratio"]["value"] - 1)
-        wanted = f"perplexity {loss:+.1f} %"
-        if label in calm and BASE in calm:
-            slower = 100 * (calm[label]["median"] / calm[BASE]["median"] - 1)
-            wanted += f", latency {slower:+.1f} %"
-        assert changed == wanted
-        point, kld = points[label], row["kld"]
+        point, said = lines[label]
+        loss, kld = 100 * (row["perplexity_ratio"]["value"] - 1), row["kld"]
+        assert said == (f"{quant_lab.name_variant(label)}, {row['weight_bytes'] / 1e6:,.1f} MB\n"
+                        f"perplexity {loss:+.1f} %")
         assert set(point.get_xdata()) == {row["weight_bytes"] / 1e6}
         assert list(point.get_ydata()) == [kld["low"], kld["mean"], kld["high"]]
-        assert point.get_marker() == "o" and point.get_markevery() == [1]
+        assert point.get_markevery() == [1]
         assert (point.get_markerfacecolor() == "white") == (
             row["perplexity_ratio"]["high"] > 1.02)
 
@@ -1130,57 +1074,42 @@ def test_title_and_footer_say_what_follows_and_of_what(name):
     figure = quant_lab.draw_summary(results)
     assert flatten(figure._suptitle.get_text()) == quant_lab.choose_variant(results)[1]
     footer = flatten(figure._supxlabel.get_text())
-    for fact in (results["model_name"], results["inputs"]["model_files"][:7],
-                 results["machine"]["name"], results["created"][:10]):
+    for fact in (results["model_name"][-30:], results["machine"]["name"], results["created"]):
         assert fact in footer
     axes, = figure.axes
     assert "hollow: not surely within 2 %" in axes.get_xlabel()
 
 
 @pytest.mark.parametrize("spoil", [run_eight, fail_last, serve_eight])
-def test_a_variant_has_one_color_everywhere(results, spoil):
-    """That is how its label, its point and the line between are told: each is of a known one."""
+def test_a_variant_is_told_by_color_and_by_mark(results, spoil):
+    """In grey, too: eight of each."""
     spoil(results)
-    rows, labels = rows_of(results), read_labels(results)
-    assert labels[BASE].get_color() == "black" and "black" not in {
-        text.get_color() for label, text in labels.items() if label != BASE}
-    assert set(read_points(results)) == {
-        label for label, row in rows.items() if row["status"] == "ok"}
-    for label, point in read_points(results).items():
-        assert point.get_markeredgecolor() == point.get_color()
-        assert point.get_markerfacecolor() in ("white", point.get_color())
-        assert labels[label].arrow_patch.get_edgecolor() == to_rgba(point.get_color())
-        assert labels[label].xy == tuple(point.get_xydata()[1])
+    rows, lines = rows_of(results), read_lines(results)
+    drawn = [line for label, (line, _) in lines.items() if rows[label]["status"] == "ok"]
+    for looks in ([line.get_color() for line in drawn], [line.get_marker() for line in drawn]):
+        assert len(set(looks)) == len(drawn)
+    for line in drawn:
+        assert line.get_markeredgecolor() == line.get_color()
+        assert line.get_markerfacecolor() in ("white", line.get_color())
 
 
-@pytest.mark.parametrize("spread", [1.02, 2])
-def test_failures_show_in_the_picture(calm, spread):
-    calm["machine"]["device"] = "cuda"
+def test_failures_show_in_the_picture(calm):
     fail_last(calm)
-    set_spread(calm["variants"][0], spread)  # A noisy baseline hides no failure.
-    changes = read_changes(calm)
-    assert set(changes) == {BASE, FP8, INT4, CONTROL} and changes[CONTROL] == changes[INT4]
-    assert all(("latency" in changed) == (spread < 1.3) for changed in changes.values())
-    labels = {label: text.get_text() for label, text in read_labels(calm).items()}
-    assert [label for label, said in labels.items() if "failed" in said] == [INT8]
-    assert labels[INT8] == "SmoothQuant W8A8, failed"
-    assert set(read_points(calm)) == {BASE, FP8, INT4, CONTROL}
+    lines = read_lines(calm)
+    assert [label for label, (line, _) in lines.items() if not len(line.get_xdata())] == [INT8]
+    assert lines[INT8][1] == "SmoothQuant W8A8, failed"
+    assert set(lines) == {BASE, FP8, INT4, INT8, CONTROL}
 
 
 def test_eight_variants_are_all_in_the_picture(results):
     run_eight(results)
-    labels, said = list(quant_lab.VARIANTS), read_labels(results)
-    assert set(said) == set(read_points(results)) == set(read_changes(results)) == set(labels)
-    base = rows_of(results)[BASE]["weights_memory_bytes"] / 1e6
-    found = [numbers(said[label].get_text().partition(", ")[2])[0] for label in labels[4:]]
-    assert found == pytest.approx([n * base for n in (2, 3, 4, 5)], rel=1e-3, abs=0.06)
+    assert set(read_lines(results)) == set(quant_lab.VARIANTS)
 
 
 def test_a_variant_without_speed_keeps_its_other_figures(calm):
     calm["machine"]["device"], calm["config"]["max_loss"] = "cuda", 9
     lose_speed(calm)
-    for label, changed in read_changes(calm).items():
-        assert ("latency" in changed) == (label != INT4) and "perplexity" in changed
+    assert len(read_lines(calm)[INT4][0].get_xdata()) == 3
     for title, there in (("KLD", True), ("weights MB", True), ("tokens/s", False),
                          ("TTFT ms", False), ("batch 8 tok/s", False),
                          ("TTFT of 128 ms", False), ("KV tokens", False)):
@@ -1193,15 +1122,15 @@ def test_a_variant_without_speed_keeps_its_other_figures(calm):
         assert INT4 not in names and INT4 not in why and names
 
 
-@pytest.mark.parametrize("spoil", [leave_one, fail_first, fail_all])
-def test_without_a_baseline_the_picture_compares_no_times(results, spoil):
-    """Perplexity is still that over the original's, which needs no row of a baseline."""
-    serve(results)
+@pytest.mark.parametrize("spoil", [leave_one, fail_first])
+def test_without_a_baseline_the_picture_has_perplexity(results, spoil):
+    """It is that over the original's, which needs no row of a baseline."""
     spoil(results)
-    assert read_changes(results) == {
-        row["label"]: dict(perplexity=pytest.approx(
-            100 * (row["perplexity_ratio"]["value"] - 1), abs=0.051))
-        for row in results["variants"] if row["status"] == "ok"}
+    for label, (_, said) in read_lines(results).items():
+        row = rows_of(results)[label]
+        if row["status"] == "ok":
+            assert numbers(said.partition("perplexity ")[2])[0] == pytest.approx(
+                100 * (row["perplexity_ratio"]["value"] - 1), abs=0.051)
 
 
 # Model cards.
@@ -1219,8 +1148,6 @@ def test_model_cards_are_what_the_hub_reads(results):
             nothing, head, body = card.split("---\n", 2)
             head = yaml.safe_load(head)
             assert nothing == "" and head.get("base_model") == base
-            assert head.get("base_model_relation") == (
-                "quantized" if base and scheme != "FP16" else None)
             assert head["library_name"] == "transformers"
             assert set(head.get("tags") or ()) == (
                 set() if scheme == "FP16" else {"compressed-tensors", "llmcompressor"})
@@ -1240,18 +1167,6 @@ def test_model_cards_are_what_the_hub_reads(results):
             assert "Licence and uses are those of the original. " in body
             for table in read_tables(card):
                 assert list(table) == list(dict.fromkeys([BASE, row["label"]]))
-
-
-@pytest.mark.parametrize("base, relation", [
-    ("tiny-qwen2", "quantized"), ("HuggingFaceTB/another", None),
-    (["one/model", "another/model"], None), (None, None)])
-def test_a_card_says_quantized_of_the_model_of_its_name_alone(base, relation):
-    """A copy may be a finetune of what its card names."""
-    yaml = pytest.importorskip("yaml")
-    results = read("demo-cpu") | dict(base_model=base)
-    for row, wanted in zip(results["variants"], (None, relation)):
-        head = yaml.safe_load(quant_lab.render_model_card(row, results).split("---\n")[1])
-        assert head.get("base_model") == base and head.get("base_model_relation") == wanted
 
 
 # On a terminal, and in a notebook.

@@ -287,7 +287,7 @@ def test_a_format_without_a_kernel_runs_emulated_and_says_so(
     model = quant_lab.place_model(folder, quant_lab.Options(), torch.device("cpu"))
     assert not model.packs and not packed_linears(model)
     assert quant_lab.benchmark_speed(scheme, lab)["runs_as"] == (
-        "not compiled, emulated in 16 bits")
+        "emulated in 16 bits, not compiled")
     wanted, logits = load_plain(folder)(ids).logits, model(ids).logits
     assert torch.equal(logits, wanted)
     dense = load(models[quant_lab.BASELINE, True], False)(ids).logits
@@ -510,7 +510,7 @@ def test_where_decoding_fails_quality_stays(lab, monkeypatch):
 def on_gpu(labs, monkeypatch):
     """Return a function that times a variant as on a GPU, which is the CPU."""
     place = quant_lab.place_model
-    monkeypatch.setattr(quant_lab, "place_model", lambda folder, options, device: place(
+    monkeypatch.setattr(quant_lab, "place_model", lambda folder, options, device, **_: place(
         folder, options, torch.device("cpu")))
     lab = vary(labs[True], device=torch.device("cuda", 0))
     return lambda label, **changes: quant_lab.benchmark_speed(
@@ -538,9 +538,9 @@ def test_a_variant_that_can_be_compiled_is(on_gpu, quick_compiler):
 
 @pytest.mark.parametrize("label, changes, said", [
     ("01_fp8_dynamic", dict(no_compile=True), "dequantized, not compiled"),
-    ("01_fp8_dynamic", dict(execution="emulated"), "not compiled, emulated in 16 bits"),
-    (quant_lab.BASELINE, dict(no_compile=True), "not compiled"),
-    (quant_lab.BASELINE, dict(execution="emulated"), "not compiled")])
+    ("01_fp8_dynamic", dict(execution="emulated"), "emulated in 16 bits, not compiled"),
+    (quant_lab.BASELINE, dict(no_compile=True), "16-bit, not compiled"),
+    (quant_lab.BASELINE, dict(execution="emulated"), "16-bit, not compiled")])
 def test_what_is_not_compiled_says_so(on_gpu, monkeypatch, label, changes, said):
     def fail(*_, **__):
         raise RuntimeError("compiled")
@@ -590,7 +590,7 @@ def test_emulated_is_the_ecosystems_path(lab, tmp_path):
     _, row = run_all(lab(*words, "--execution", "emulated", "--output-dir",
                          tmp_path / "emulated"))["variants"]
     assert packed["runs_as"] == "dequantized, not compiled"
-    assert row["runs_as"] == "not compiled, emulated in 16 bits"
+    assert row["runs_as"] == "emulated in 16 bits, not compiled"
     assert row["weights_memory_bytes"] > 1.2 * packed["weights_memory_bytes"]
     for key in ("perplexity", "kld", "divergence", "weight_bytes"):
         assert row[key] == packed[key], "packed execution changes no figure of quality"
@@ -740,8 +740,8 @@ def note_models(patch):
     """Return a list that gets a weak reference to each model that is placed."""
     place, made = quant_lab.place_model, []
 
-    def note(*inputs):
-        model = place(*inputs)
+    def note(*inputs, **named):
+        model = place(*inputs, **named)
         made.append(weakref.ref(model))
         return model
 

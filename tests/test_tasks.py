@@ -84,7 +84,7 @@ def words(texts, tmp_path_factory, quick_collection, folder):
 @pytest.fixture(scope="module")
 def done(words):
     """Run it with the tasks, and lm-eval's own command line beside it."""
-    lab = quant_lab.set_up([*words, "--tasks", "choosing,by_size", "writing"])
+    lab = quant_lab.set_up([*words, "--tasks", "choosing", "by_size", "writing"])
     for label in lab.options.variants:
         quant_lab.run_variant(label, lab)
     return lab

@@ -1,7 +1,7 @@
 """Stand in for vLLM on a CPU: the calls that `serve` makes, on a clock of its own.
 
 The clock goes on by what `seconds` says. STAND_IN is JSON: "version", "gpu" (false: none),
-"capability", "notes" (a file that gets a line a checkpoint), "fails", "hangs" (labels), "writes"
+"notes" (a file that gets a line a checkpoint), "fails", "hangs" (labels), "writes"
 (by label, what it makes of chats), "slower" (a factor the second time).
 """
 
@@ -34,7 +34,7 @@ class SamplingParams:
 
 class LLM:
     def __init__(self, model, dtype, max_model_len, seed, enable_prefix_caching,
-                 gpu_memory_utilization):
+                 gpu_memory_utilization, tensor_parallel_size):
         assert Path(model, "config.json").exists(), f"no checkpoint in {model}"
         self.label, self.limit, self.calls, self.factor = Path(model).name, max_model_len, 0, 1.0
         if SAID["notes"]:
@@ -44,6 +44,7 @@ class LLM:
             notes.write_text(before + json.dumps(dict(
                 label=self.label, dtype=dtype, max_model_len=max_model_len, seed=seed,
                 caching=enable_prefix_caching, part=gpu_memory_utilization,
+                gpus=tensor_parallel_size,
                 path=os.environ["PYTHONPATH"], tools=os.environ["PATH"].split(":")[0],
                 multiprocessing=os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"])) + "\n")
         if self.label in SAID["hangs"]:
