@@ -284,7 +284,7 @@ def open_model(options: Options) -> tuple[Path, object, int, list[Tensor]]:
             dtype=options.dtype)
         size, free = model.get_memory_footprint(), psutil.virtual_memory().available
         if size > free:
-            raise ValueError(f"{size / 1e9:.1f} GB, the host has {free / 1e9:.1f} free")
+            raise ValueError(f"{size / 1e9:.1f} GB of RAM, {free / 1e9:.1f} are free")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if options.plain_text:  # Turns without roles, begun as the tokenizer does.
             tokenizer.chat_template = tokenizer.decode(list_specials(tokenizer)) + (
@@ -524,8 +524,8 @@ def measure_reference(lab: SimpleNamespace) -> SimpleNamespace:
     completions, decoder = complete_prompts(model, lab), find_decoder(model)
     output = decoder(input_ids=lab.windows[:1, :1].to(lab.device), use_cache=False)
     remove_hook_from_module(model, recurse=True)
-    for part in decoder.modules():  # What is left is the head, and what follows it.
-        part._parameters.clear()
+    for part in [x for x in decoder.children() if isinstance(x, torch.nn.ModuleList)]:
+        del part[:]  # What is left is the embedding and the head, and what follows it.
     return SimpleNamespace(losses=torch.cat(losses), states=states, head=model.cpu(),
                            output=output, completions=completions)
 
@@ -1408,7 +1408,7 @@ def map_devices(model, options: Options) -> dict:
     """Return accelerate's device map that leaves room for a window and a head."""
     from accelerate import infer_auto_device_map
     (n, width), size = model.get_input_embeddings().weight.shape, model.dtype.itemsize
-    room = n * (24 * CHUNK + size * width) + 64 * size * width * options.window
+    room = n * (24 * CHUNK + 2 * size * width) + 64 * size * width * options.window
     if model.get_memory_footprint() + room <= find_free(0):
         return {"": 0}
     gpus = range(torch.cuda.device_count())[: options.gpus or None]

@@ -66,10 +66,10 @@ def random_model(shape: str, kind: str, device):
 def tune(kind: str, model, prompts, seconds: float) -> None:
     """Print the fastest shapes of row_kernel, the nearest to the present tried first."""
     quant_lab.compile_layers(model, True)
-    tiles = list(quant_lab.TILES[kind])
+    before, begin, found = quant_lab.TILES[kind], time.perf_counter(), []
 
-    def milliseconds() -> float:
-        quant_lab.TILES[kind] = tuple(tiles)
+    def milliseconds(shape) -> float:
+        quant_lab.TILES[kind] = shape
         torch._dynamo.reset()  # What is compiled has chosen its tiles.
         decoder, samples = quant_lab.Decoder(model, prompts[:1], 64, True), []
         for _ in range(3):
@@ -77,21 +77,16 @@ def tune(kind: str, model, prompts, seconds: float) -> None:
             samples.append((last - first) / 60)
         return 1000 * min(samples)
 
-    print(f"as chosen {milliseconds():.4f} ms a step")
-    for place, inputs in enumerate(("up to 2,048 inputs", "more")):
-        before, begin, found = tiles[place], time.perf_counter(), []
-        for shape in sorted(
-                itertools.product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (1, 2, 4, 8)),
-                key=lambda other: sum(abs(math.log2(a / b)) for a, b in zip(other, before))):
-            if time.perf_counter() - begin > seconds / 2:
-                break
-            if 1 <= shape[0] * shape[1] / (32 * shape[2]) <= 64:
-                tiles[place] = shape
-                found.append((milliseconds(), shape))
-        tiles[place] = min(found)[1]
-        print(f"{inputs}: {before} was chosen; of {len(found)} tried", ", ".join(
-            f"{shape} {ms:.4f}" for ms, shape in sorted(found)[:6]), flush=True)
-    print(f"with the best of each {milliseconds():.4f} ms")
+    print(f"as chosen {milliseconds(before):.4f} ms a step")
+    for shape in sorted(
+            itertools.product((1, 2, 4, 8, 16), (128, 256, 512, 1024, 2048), (1, 2, 4, 8)),
+            key=lambda other: sum(abs(math.log2(a / b)) for a, b in zip(other, before))):
+        if time.perf_counter() - begin > seconds:
+            break
+        if 1 <= shape[0] * shape[1] / (32 * shape[2]) <= 64:
+            found.append((milliseconds(shape), shape))
+    print(f"{before} was chosen; of {len(found)} tried", ", ".join(
+        f"{shape} {ms:.4f}" for ms, shape in sorted(found)[:6]), flush=True)
 
 
 def bench(kind: str, args: argparse.Namespace) -> None:

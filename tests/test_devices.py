@@ -30,10 +30,11 @@ def deep(tmp_path_factory):
 def reckon_room(model, window):
     """Return bytes beside a model: 128 tokens' logits in float32 six times, a head, a window.
 
-    For each token of the window, 64 numbers as wide as the hidden states.
+    The reference's head comes with its embedding. For each token of the window, 64 numbers
+    as wide as the hidden states.
     """
     vocabulary, width = model.config.vocab_size, model.config.hidden_size
-    return vocabulary * (128 * 6 * 4 + 2 * width) + window * width * 64 * 2
+    return vocabulary * (128 * 6 * 4 + 2 * 2 * width) + window * width * 64 * 2
 
 
 def map_devices(model, free, **changes):
@@ -175,7 +176,7 @@ def test_a_model_larger_than_host_memory_is_refused(small, monkeypatch, capsys):
             with pytest.raises(SystemExit) as end:
                 quant_lab.open_model(options)
             assert end.value.code == 2
-            assert re.search(rf"--model {small}: [\d.]+ GB, the host has [\d.]+ free; give "
+            assert re.search(rf"--model {small}: [\d.]+ GB of RAM, [\d.]+ are free; give "
                              "another", capsys.readouterr().err)
 
 

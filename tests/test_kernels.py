@@ -50,9 +50,9 @@ def compile_kernel(kernel, sm, types, options=None, **constants):
     (90, "fp8", CODES),
 ])
 def test_a_row_compiles(sm, kind, types):
-    for rows, block, warps in quant_lab.TILES[kind]:
-        compile_kernel(quant_lab.row_kernel, sm, ROW | types, dict(num_warps=warps),
-                       KIND=kind, ROWS=rows, BLOCK=block)
+    rows, block, warps = quant_lab.TILES[kind]
+    compile_kernel(quant_lab.row_kernel, sm, ROW | types, dict(num_warps=warps),
+                   KIND=kind, ROWS=rows, BLOCK=block)
 
 
 def test_what_is_compiled_for_a_t4_runs_on_a_later_gpu(monkeypatch, tmp_path):

@@ -796,9 +796,6 @@ def test_of_a_model_that_sees_only_the_language_model_is_quantized(vision, texts
     assert row["status"] == "ok", row["error"]
     folder = build.output / row["checkpoint"]
     check_plainly(row, model, folder, texts)
-    note, = (note for note in row["notes"] if "vision" in note)
-    notes = quant_lab.render_notes(quant_lab.collect_results(build))
-    assert "".join(note.split()) in "".join(notes.split())
     with safe_open(folder / "model.safetensors", "pt") as weights:
         scaled = [name for name in weights.keys() if name.endswith("weight_scale")]
     assert len(scaled) == 2 * 7 and all("language_model" in name for name in scaled)
