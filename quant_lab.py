@@ -1674,12 +1674,11 @@ def attend(module, query, key, value, attention_mask, scaling, **named):
     if query.shape[2] > 1:  # The whole prompt: causal, and no mask.
         key, value = (x[:, :, : query.shape[2]] for x in (key, value))
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling)
-    rows = query.reshape(len(key), key.shape[1], -1, query.shape[3])
+    q = query.reshape(len(key), key.shape[1], -1, query.shape[3])
     if len(key) > 1:
-        y = F.scaled_dot_product_attention(
-            rows, key, value, attention_mask, scale=scaling)
+        y = F.scaled_dot_product_attention(q, key, value, attention_mask, scale=scaling)
     else:  # As a formula, or too few programs would share one sequence's keys.
-        score = (rows.float()[:, :, :, None] * key[:, :, None]).sum(-1) * scaling
+        score = (q.float()[:, :, :, None] * key[:, :, None]).sum(-1) * scaling
         weight = (score + attention_mask).softmax(-1)
         y = (weight[..., None] * value[:, :, None]).sum(3).to(query.dtype)
     return y.reshape(len(y), 1, query.shape[1], -1), None

@@ -214,7 +214,7 @@ def test_bad_words(run_script, words, names):
 
 @pytest.mark.parametrize("flag, word, low, high", [
     ("--max-windows", -1, 0, None), ("--window", 1, 2, None), ("--repeats", 0, 1, None),
-    ("--new-tokens", 1, 2, None), ("--batch-sizes", 0, 1, None),
+    ("--new-tokens", 1, 2, None), ("--batch-sizes", 0, 1, None), ("--gpus", -1, 0, None),
     ("--calibration-samples", 0, 1, None),
     ("--calibration-length", 7, 8, None), ("--dampening", "nan", 0, 1),
     ("--dampening", "-0.1", 0, 1), ("--smoothing-strength", 1.5, 0, 1),
